@@ -1,0 +1,704 @@
+"""GraniteMoe, IBM's sparse mixture-of-experts language model, in one readable file.
+
+A decoder-only transformer whose feed-forward block is E small experts, of which a router picks K per
+token: Granite 3.0/3.1 1b-a400m (32 experts) and 3b-a800m (40), PowerMoE-3b (40), all top-8.
+
+One layer, for the tokens x of a sequence (m_* are config numbers, all four are visible below):
+
+    x = m_embedding * Embedding(ids)
+    x = x + m_residual * Attention(RMSNorm(x))      causal, RoPE, scores q.k * m_attention
+    x = x + m_residual * Experts(RMSNorm(x))        sum over the K chosen of w_k * expert_k(x)
+    logits = Head(RMSNorm(x)) / logits_scaling
+
+What makes Granite Granite. Break any of these and the text stays fluent, but is wrong:
+- embedding_multiplier (12): scales embeddings up to the size at which muP trains every width alike.
+- attention_multiplier (1/64): 1/head_dim and not 1/sqrt(head_dim), the muP rule for attention.
+- residual_multiplier (0.22): damps each block's output, so that depth does not inflate the stream.
+- logits_scaling (6): divides the logits; the head is the embedding itself, which has another scale.
+- gate|up order: the first half of an expert's packed rows is the gate, the second is what it gates.
+- renormalised softmax: the K routing weights are a softmax over the K chosen logits; they sum to 1.
+- RMSNorm's casts: normalise in float32, cast back, and only then multiply by the weight.
+- dropless: no capacity, every token reaches all K experts that it chose.
+
+Reading order: GraniteMoeConfig, RMSNorm, rope_tables, rotate, attend_eager, Attention, Router,
+experts_loop, sort_by_expert, experts_grouped, experts_gathered, MoE, DecoderLayer, KVCache,
+GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
+
+Dimension key (one letter, one size; x_ND has shape (N, D)):
+    B batch            T new tokens           S cached + new tokens   V vocabulary
+    D hidden size      H query heads          G key/value heads       C head_dim = D / H
+    E experts          K experts per token    F expert width          P = 2F, packed gate|up
+    N = B*T tokens     M = N*K assignments of a token to an expert
+
+Numerics (as in transformers): everything runs in the dtype of the weights, except
+    RMSNorm's mean square      float32, cast back before the weight
+    RoPE angles, cos, sin      float32, cast to the activations' dtype
+    attention softmax          float32, cast back (eager; the fused kernels do so inside)
+    router logits, softmax     matmul in the model's dtype, then float32; weights cast back
+    losses                     float32
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Past = tuple[Tensor, Tensor, int | Tensor]  # one layer's cached keys and values, and where to write
+
+POSITIVE = (1e-30, 1e30)
+LIMITS = {  # field: lowest and highest value allowed; a float limit makes the field a float
+    "vocab_size": (1, 2**24), "hidden_size": (2, 2**20), "intermediate_size": (1, 2**20),
+    "num_hidden_layers": (1, 1024), "num_attention_heads": (1, 2**16),
+    "num_key_value_heads": (1, 2**16), "num_local_experts": (1, 2**16),
+    "num_experts_per_tok": (1, 2**16), "max_position_embeddings": (1, 2**31),
+    "rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "embedding_multiplier": POSITIVE,
+    "attention_multiplier": POSITIVE, "residual_multiplier": POSITIVE, "logits_scaling": POSITIVE,
+    "router_aux_loss_coef": (0.0, 1e30), "attention_dropout": (0.0, 1.0),
+    "initializer_range": POSITIVE,
+}  # fmt: skip
+CHOICES = {
+    "hidden_act": ("silu",),
+    "dtype": (None, "float32", "float16", "bfloat16"),
+    "attention_backend": ("eager", "sdpa", "flash"),
+    "experts_backend": ("auto", "loop", "batched"),
+    "tie_word_embeddings": (True, False),
+    "output_router_logits": (True, False),
+}
+
+
+def read_json(path: str, max_bytes: int = 2**20) -> dict:
+    """Read a JSON object strictly: no duplicate keys, no NaN, at most `max_bytes`.
+
+    Raises ValueError naming the file; OSError where it cannot be opened.
+    """
+
+    def unique(pairs: list) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!a:.60}")
+        return dict(pairs)
+
+    def refuse(literal: str) -> None:
+        raise ValueError(f"{literal} is not JSON")
+
+    with open(path, "rb") as file:
+        raw = file.read(max_bytes + 1)
+    try:
+        if len(raw) > max_bytes:
+            raise ValueError(f"larger than {max_bytes} bytes")
+        data = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!a}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{str(path)!a}: must be a JSON object, got {type(data).__name__}")
+    return data
+
+
+@dataclass
+class GraniteMoeConfig:
+    """The fields of config.json that the model uses, under their names there. Raises ValueError."""
+
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F, the width of one expert
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # G; H / G query heads share one key/value head
+    num_local_experts: int  # E
+    num_experts_per_tok: int  # K
+    max_position_embeddings: int  # the context length; nothing is allocated by it
+    rope_theta: float
+    rms_norm_eps: float
+    embedding_multiplier: float
+    attention_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    pad_token_id: int | None = None  # its embedding gets no gradient from the input side
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    router_aux_loss_coef: float = 0.001  # this and the next three matter in training only
+    output_router_logits: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    dtype: str | None = None  # the dtype of the weights on disk
+    attention_backend: str = "sdpa"  # ours: "eager", "sdpa" or "flash"
+    experts_backend: str = "auto"  # ours: "auto" (see pick_experts), "loop" or "batched"
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in LIMITS.items():
+            value, kinds = getattr(self, name), (int,) if type(low) is int else (int, float)
+            if type(value) not in kinds or not low <= value <= high:  # NaN fails the comparison
+                kind = "an integer" if type(low) is int else "a number"
+                raise ValueError(f"{name}: must be {kind} from {low} to {high}, got {value!a:.60}")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is a or (type(value) is str and value == a) for a in allowed):
+                raise ValueError(f"{name}: must be one of {list(allowed)}, got {value!a:.60}")
+        D, H, G = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if D % H or D // H % 2:
+            raise ValueError(f"hidden_size / num_attention_heads: must be even, got {D} / {H}")
+        if H % G:
+            raise ValueError(f"num_attention_heads: {H} must be a multiple of num_key_value_heads {G}")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok: must be at most num_local_experts = {self.num_local_experts}, "
+                f"got {self.num_experts_per_tok}"
+            )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            if any(i is not None and (type(i) is not int or not 0 <= i < self.vocab_size) for i in ids):
+                raise ValueError(
+                    f"{name}: must be null or from 0 to {self.vocab_size - 1}, got {value!a:.60}"
+                )
+
+    @property
+    def head_dim(self) -> int:  # C; config.json has no key for it
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_json(cls, path: str) -> "GraniteMoeConfig":
+        """Read a config.json. Raises ValueError naming the file and the field."""
+        data = read_json(path)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!a}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "GraniteMoeConfig":
+        """Take a parsed config.json as transformers 4 or 5 writes it; unknown keys are ignored.
+
+        Raises ValueError for a missing or impossible value, and for features that would change the
+        result but are not implemented.
+        """
+        data = dict(data)
+        if data.get("model_type") != "granitemoe":
+            raise ValueError(f"model_type: only 'granitemoe', got {data.get('model_type')!a:.60}")
+        rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"rope type: only 'default' is supported, got {rope_type!a:.60}")
+        if "rope_theta" in rope:
+            data["rope_theta"] = rope["rope_theta"]
+        for old, new in (("activation_function", "hidden_act"), ("torch_dtype", "dtype")):
+            data.setdefault(new, data.get(old, getattr(cls, new)))
+        for name, harmless in (("attention_bias", False), ("quantization_config", None)):
+            if data.get(name) not in (None, harmless):
+                raise ValueError(f"{name}: not supported, got {data[name]!a:.60}")
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        missing = [f.name for f in fields(cls) if f.name not in known and not hasattr(cls, f.name)]
+        if missing:
+            raise ValueError(f"missing: {', '.join(missing)}")
+        config = cls(**known)
+        if data.get("head_dim") not in (None, config.head_dim):
+            raise ValueError(f"head_dim: must be {config.head_dim}, got {data['head_dim']!a:.60}")
+        return config
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
+
+def rope_tables(position_ids: Tensor, config: GraniteMoeConfig, dtype: torch.dtype) -> list[Tensor]:
+    """Cosines and sines (B, 1, T, C) of the angles position * theta^(-2i/C) (arXiv 2104.09864)."""
+    C = config.head_dim
+    even = torch.arange(0, C, 2, dtype=torch.float32, device=position_ids.device)
+    angles = position_ids[:, None, :, None].float() * (1.0 / config.rope_theta ** (even / C))
+    angles = torch.cat((angles, angles), dim=-1)
+    return [angles.cos().to(dtype), angles.sin().to(dtype)]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + C/2}) of x (B, heads, T, C) by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend_eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """softmax(q k^T * scale) v, spelled out; query head h reads key/value head h // (H / G).
+
+    q (B, H, T, C); k, v (B, G, S, C); mask (B or 1, 1, T, S), True where a query may look, or None
+    for the causal triangle, whose last query sees all S keys. Returns (B, H, T, C).
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale  # (B, H, T, S)
+    if mask is None:
+        T, S = scores.shape[-2:]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = scores.masked_fill(~mask, -math.inf)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+def attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """The same through PyTorch's fused kernel of its own choice."""
+    T, S = q.shape[2], k.shape[2]
+    if mask is None and 1 < T < S:  # is_causal aligns the triangle to the first key, not to the last
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale, enable_gqa=True
+    )
+
+
+def attend_flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """The same through PyTorch's flash kernel and no other. Raises ValueError where it cannot run."""
+    device, T, S = q.device.type, q.shape[2], k.shape[2]
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    for impossible, why in (
+        (mask is not None, "takes no padding mask"),
+        (device not in ("cpu", "cuda"), f"does not run on {device}"),
+        (device == "cuda" and not half, f"needs float16 or bfloat16 on CUDA, not {q.dtype}"),
+        (device == "cuda" and q.shape[3] % 8, "needs head_dim to be a multiple of 8 on CUDA"),
+    ):
+        if impossible:
+            raise ValueError(f"attention_backend: 'flash' {why}; use 'sdpa' or 'eager'")
+    aten = torch.ops.aten
+    flash = {
+        "cpu": aten._scaled_dot_product_flash_attention_for_cpu,
+        "cuda": aten._scaled_dot_product_flash_attention,
+    }[device]
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if 1 < T < S:  # the kernel's triangle starts at the first key: let T end where S does
+        q = F.pad(q, (0, 0, S - T, 0))
+    return flash(q, k, v, dropout, is_causal=T > 1, scale=scale)[0][:, :, -T:]
+
+
+ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flash": attend_flash}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245): H query heads read G key/value heads."""
+
+    def __init__(self, config: GraniteMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, kv, bias=False)
+        self.v_proj = nn.Linear(D, kv, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor, rope: list[Tensor], mask: Tensor | None, past: Past | None) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (proj(x).view(heads).transpose(1, 2) for proj in projections)  # (B, H or G, T, C)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if past is not None:
+            k, v = append(past[0], k, past[2]), append(past[1], v, past[2])  # (B, G, S, C)
+        attend = ATTENTION[self.config.attention_backend]
+        dropout = self.config.attention_dropout if self.training else 0.0
+        y = attend(q, k, v, mask, self.config.attention_multiplier, dropout)  # (B, H, T, C)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class Router(nn.Module):
+    """Scores the experts for each token and chooses K of them."""
+
+    def __init__(self, config: GraniteMoeConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.layer = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the logits (float32), the K routing weights, which sum to 1, and expert ids."""
+        logits_NE = self.layer(x_ND).float()
+        top_logits_NK, expert_ids_NK = logits_NE.topk(self.top_k, dim=-1)
+        weights_NK = top_logits_NK.softmax(dim=-1).to(x_ND.dtype)
+        return logits_NE, weights_NK, expert_ids_NK
+
+
+class ExpertWeights(nn.Module):
+    """One matrix for each expert, (E, outputs, inputs)."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
+def swiglu(packed: Tensor) -> Tensor:
+    """silu(gate) * up of a packed gate|up (..., P); returns (..., F) (arXiv 2002.05202)."""
+    gate, up = packed.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def experts_loop(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """The definition: y_n = sum_k w_nk down_e(silu(gate_e x_n) * up_e x_n), e the k-th choice of n.
+
+    One chosen expert at a time, on the tokens that chose it. Returns y_ND.
+    """
+    out_NKD = x_ND.new_empty(*expert_ids_NK.shape, x_ND.shape[1])
+    for e in expert_ids_NK.unique().tolist():  # waits for the device
+        token, slot = torch.where(expert_ids_NK == e)
+        hidden = swiglu(F.linear(x_ND[token], gate_up_EPD[e]))
+        out_NKD[token, slot] = F.linear(hidden, down_EDF[e])
+    return combine(out_NKD, weights_NK)
+
+
+def combine(out_NKD: Tensor, weights_NK: Tensor) -> Tensor:
+    """The weighted sum of each token's K expert outputs, as y_ND."""
+    return (weights_NK[:, None] @ out_NKD)[:, 0]
+
+
+def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Line up the M = N*K assignments by expert.
+
+    Returns order_M (positions in the flattened choices), tokens_M (the token of each) and ends_E
+    (int32, where each expert's run ends; an expert without tokens has an empty run).
+
+    Three tokens choose two of four experts each. Flattened, the choices are 2 0 0 3 2 1, and
+    position p belongs to token p // 2:
+
+    >>> choices_NK = torch.tensor([[2, 0], [0, 3], [2, 1]])
+    >>> order_M, tokens_M, ends_E = sort_by_expert(choices_NK, 4)
+    >>> order_M.tolist()  # stable: equal choices stay in token order
+    [1, 2, 5, 0, 4, 3]
+    >>> tokens_M.tolist()
+    [0, 1, 2, 0, 2, 1]
+    >>> ends_E.diff(prepend=torch.zeros(1)).int().tolist()  # tokens of each expert
+    [2, 1, 2, 1]
+    >>> ends_E.tolist()
+    [2, 3, 5, 6]
+    """
+    sorted_M, order_M = expert_ids_NK.flatten().sort(stable=True)
+    experts_E = torch.arange(E, device=sorted_M.device)
+    ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)
+    return order_M, order_M // expert_ids_NK.shape[1], ends_E
+
+
+def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's matrix (outputs, inputs) times its own run of rows (M, inputs)."""
+    odd = -rows.shape[1] * rows.element_size() % 16 // rows.element_size()
+    if odd:  # the kernel wants rows of whole 16 bytes, as every released size has
+        rows, weights = F.pad(rows, (0, odd)), F.pad(weights, (0, odd))
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)
+
+
+def experts_grouped(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """The same for many tokens: sorted by expert, each expert's run is one block of a grouped product.
+
+    No loop and no wait for the device. Returns y_ND.
+    """
+    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, gate_up_EPD.shape[0])
+    rows_MP = grouped_product(x_ND[tokens_M], gate_up_EPD, ends_E)
+    rows_MD = grouped_product(swiglu(rows_MP), down_EDF, ends_E)
+    out_NKD = rows_MD[order_M.argsort()].view(*expert_ids_NK.shape, -1)  # back in token order
+    return combine(out_NKD, weights_NK)
+
+
+def experts_gathered(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """The same for a few tokens: fetch each assignment's own matrices, then two batched products.
+
+    Reads the chosen experts alone; compiled, the fetch fuses into the product. Returns y_ND.
+    """
+    rows_NKP = (gate_up_EPD[expert_ids_NK] @ x_ND[:, None, :, None])[..., 0]
+    out_NKD = (down_EDF[expert_ids_NK] @ swiglu(rows_NKP)[..., None])[..., 0]
+    return combine(out_NKD, weights_NK)
+
+
+def experts_batched(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """The form without a loop that reads less: gathered while assignments are fewer than experts."""
+    few = expert_ids_NK.numel() <= gate_up_EPD.shape[0]
+    experts = experts_gathered if few else experts_grouped
+    return experts(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
+
+
+EXPERTS = {"loop": experts_loop, "batched": experts_batched}
+
+
+def pick_experts(backend: str, device: torch.device) -> str:
+    """What "auto" means on a device: "batched" on CUDA, where waiting costs most, else "loop"."""
+    return backend if backend != "auto" else "batched" if device.type == "cuda" else "loop"
+
+
+class MoE(nn.Module):
+    """The sparse feed-forward block: the router decides, the experts compute."""
+
+    def __init__(self, config: GraniteMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        E, D, width = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.input_linear = ExpertWeights(E, 2 * width, D)  # gate rows first, then up
+        self.output_linear = ExpertWeights(E, D, width)
+        self.router = Router(config)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        x_ND = x_BTD.flatten(0, 1)
+        logits_NE, weights_NK, expert_ids_NK = self.router(x_ND)
+        experts = EXPERTS[pick_experts(self.config.experts_backend, x_ND.device)]
+        gate_up_EPD, down_EDF = self.input_linear.weight, self.output_linear.weight
+        y_ND = experts(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
+        return y_ND.view_as(x_BTD), logits_NE
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then experts, each on the normalised stream and added back to it, damped."""
+
+    def __init__(self, config: GraniteMoeConfig) -> None:
+        super().__init__()
+        self.residual_multiplier = config.residual_multiplier
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.block_sparse_moe = MoE(config)
+
+    def forward(
+        self, x: Tensor, rope: list[Tensor], mask: Tensor | None, past: Past | None
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) to x and the router's logits (N, E)."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, past) * self.residual_multiplier
+        y, router_logits = self.block_sparse_moe(self.post_attention_layernorm(x))
+        return x + y * self.residual_multiplier, router_logits
+
+
+class KVCache:
+    """Keys and values of the tokens seen, (layers, B, G, max_length, C) each, allocated once.
+
+    `length` counts the slots filled. `slots`, when set, is a tensor (T,) that says in which slots the
+    next step writes: then every shape is fixed, and the step can be captured and replayed.
+    """
+
+    def __init__(
+        self,
+        config: GraniteMoeConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: must be an integer >= 1, got {value!r:.60}")
+        heads = (config.num_key_value_heads, max_length, config.head_dim)
+        shape = (config.num_hidden_layers, batch_size, *heads)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.slots: Tensor | None = None
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[3]
+
+
+def append(cached: Tensor, new: Tensor, at: int | Tensor) -> Tensor:
+    """Write new (B, G, T, C) into cached (B, G, max_length, C) from slot `at` on.
+
+    Returns what is filled, (B, G, S, C); where `at` is a tensor of T slots, everything.
+    """
+    if isinstance(at, Tensor):
+        return cached.index_copy_(2, at, new)
+    end = at + new.shape[2]
+    cached[:, :, at:end] = new
+    return cached[:, :, :end]
+
+
+def visible(slots: Tensor, S: int, attention_mask: Tensor | None) -> Tensor:
+    """(B or 1, 1, T, S), True where the query in each of the T slots may look: back, at no padding.
+
+    A query before its row's first token would see nothing; it sees everything, since no softmax may
+    be empty, and its result means nothing.
+    """
+    mask = (torch.arange(S, device=slots.device) <= slots[:, None])[None, None]
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None, :].bool()
+        mask = mask | ~mask.any(dim=-1, keepdim=True)
+    return mask
+
+
+def check_inputs(
+    config: GraniteMoeConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: KVCache | None,
+) -> None:
+    """Raises ValueError for wrong shapes and dtypes, and on the CPU, where looking is free, for wrong
+    values: elsewhere that would wait for the device at every step."""
+
+    def check(good: bool | Tensor, message: str) -> None:
+        if not good:
+            raise ValueError(message)
+
+    def is_integer(x: Tensor) -> bool:
+        return isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex()
+
+    check(is_integer(input_ids) and input_ids.dtype != torch.bool, "input_ids: must be integers")
+    shape = tuple(input_ids.shape)
+    check(len(shape) == 2 and min(shape) > 0, f"input_ids: must be (batch, tokens), got {shape}")
+    B, T = shape
+    S = T + (cache.length if cache else 0)
+    look = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if look:
+        low, high = (int(x) for x in input_ids.aminmax())
+        bounds = f"0 to {config.vocab_size - 1}"
+        check(0 <= low and high < config.vocab_size, f"input_ids: {low} to {high} is not in {bounds}")
+    if cache:
+        check(S <= cache.max_length, f"cache: {S} tokens do not fit, max_length is {cache.max_length}")
+        kind = (config.num_hidden_layers, B, config.num_key_value_heads, config.head_dim)
+        found = (*cache.keys.shape[:3], cache.keys.shape[4])
+        check(found == kind, f"cache: (layers, batch, kv heads, head_dim) is {found}, expected {kind}")
+        S = S if cache.slots is None else cache.max_length
+    if position_ids is not None:
+        good = is_integer(position_ids) and tuple(position_ids.shape) in ((B, T), (1, T))
+        check(good, f"position_ids: must be integers of shape {(B, T)}")
+    if attention_mask is not None:
+        good = is_integer(attention_mask) and tuple(attention_mask.shape) == (B, S)
+        check(good, f"attention_mask: must be 0 and 1 of shape {(B, S)} (cached tokens included)")
+        if look:
+            ones = F.pad(attention_mask, (1, 0)).int()
+            check(attention_mask.bool().eq(attention_mask).all(), "attention_mask: must be 0 and 1")
+            runs = (ones.diff(dim=1) == 1).sum(dim=1)
+            check(runs.eq(1).all(), "attention_mask: each row must be one run of ones, without a hole")
+
+
+class GraniteMoeModel(nn.Module):
+    """Embedding, layers and final norm, without the head."""
+
+    def __init__(self, config: GraniteMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*size, padding_idx=config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:  # the norms' weights stay 1
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """ids (B, T) to hidden states (B, T, D) and each layer's router logits (N, E)."""
+        check_inputs(self.config, input_ids, attention_mask, position_ids, cache)
+        T, start = input_ids.shape[1], cache.length if cache else 0
+        slots = torch.arange(start, start + T, device=input_ids.device)
+        at, S = start, start + T
+        if cache and cache.slots is not None:
+            slots, at, S = cache.slots, cache.slots, cache.max_length
+        x = self.embed_tokens(input_ids) * self.config.embedding_multiplier
+        rope = rope_tables(slots[None] if position_ids is None else position_ids, self.config, x.dtype)
+        plain = attention_mask is None and at is start
+        mask = None if plain else visible(slots, S, attention_mask)
+        router_logits = []
+        for i, layer in enumerate(self.layers):
+            past = (cache.keys[i], cache.values[i], at) if cache else None
+            x, logits = layer(x, rope, mask, past)
+            router_logits.append(logits)
+        if cache:
+            cache.length += T
+        return self.norm(x), tuple(router_logits)
+
+
+def load_balancing_loss(
+    router_logits: tuple[Tensor, ...], top_k: int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """E * sum_e (choices of e per token) * (mean probability of e), over all layers' real tokens.
+
+    router_logits: (N, E) a layer; attention_mask: (B, T), 0 for padding. Perfect balance gives
+    exactly K (arXiv 2101.03961, eq. 4-6, with the K slots summed).
+    """
+    probs = torch.cat(router_logits).softmax(dim=-1)  # (layers * N, E)
+    chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k, dim=-1).indices, 1.0)
+    real = probs.new_ones(len(probs), 1)
+    if attention_mask is not None:
+        real = attention_mask.reshape(-1, 1).to(probs).repeat(len(router_logits), 1)
+    choices_E, mean_probs_E = ((x * real).sum(dim=0) / real.sum() for x in (chosen, probs))
+    return probs.shape[1] * (choices_E * mean_probs_E).sum()
+
+
+@dataclass
+class CausalLMOutput:
+    """What GraniteMoeForCausalLM.forward returns; None is what was not asked for."""
+
+    logits: Tensor  # (B, T, V), or the last logits_to_keep positions
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None  # (N, E) float32 a layer
+
+
+class GraniteMoeForCausalLM(nn.Module):
+    """The language model. A tied head is the embedding itself and no tensor of its own."""
+
+    def __init__(self, config: GraniteMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = GraniteMoeModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """Predict the token after each of input_ids (B, T).
+
+        attention_mask (B, S): 1 for tokens, 0 for padding on either side; S counts cached tokens.
+        position_ids (B, T): 0, 1, ... after the cached tokens unless given; left padding needs them.
+        labels (B, T): shifted inside, -100 is ignored; the loss is the mean in nats, plus the
+        auxiliary loss times its coefficient where router logits are asked for.
+        logits_to_keep: compute only so many last positions; 0 computes all.
+        Raises ValueError for inputs that do not fit each other, the model or the cache.
+        """
+        x, router_logits = self.model(input_ids, attention_mask, position_ids, cache)
+        x = x[:, -logits_to_keep:].contiguous()
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        output = CausalLMOutput(F.linear(x, head.weight) / self.config.logits_scaling)
+        if labels is not None:
+            shifted = output.logits[:, :-1].float().flatten(0, 1)
+            output.loss = F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
+        if self.config.output_router_logits if output_router_logits is None else output_router_logits:
+            output.router_logits = router_logits
+            real = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+            top_k = self.config.num_experts_per_tok
+            output.aux_loss = load_balancing_loss(router_logits, top_k, real)
+            if labels is not None:
+                output.loss = output.loss + self.config.router_aux_loss_coef * output.aux_loss
+        return output
+
+    def num_parameters(self, active: bool = False) -> int:
+        """How many numbers the model holds or, active, how many of them one token uses."""
+        c = self.config
+        idle_experts = c.num_hidden_layers * (c.num_local_experts - c.num_experts_per_tok)
+        idle = idle_experts * 3 * c.intermediate_size * c.hidden_size
+        return sum(p.numel() for p in self.parameters()) - (idle if active else 0)
