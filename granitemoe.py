@@ -69,31 +69,27 @@ CHOICES = {
 }
 
 
-def read_json(path: str, max_bytes: int = 2**20) -> dict:
-    """Read a JSON object strictly: no duplicate keys, no NaN, at most `max_bytes`.
-
-    Raises ValueError naming the file; OSError where it cannot be opened.
-    """
+def parse_json(raw: bytes, max_bytes: int = 2**20) -> dict:
+    """A JSON object, read strictly: no duplicate keys, no NaN, at most `max_bytes`; else ValueError."""
 
     def unique(pairs: list) -> dict:
-        if len(dict(pairs)) < len(pairs):
+        if len(found := dict(pairs)) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!a:.60}")
-        return dict(pairs)
+            twice = next(name for name in found if names.count(name) > 1)
+            raise ValueError(f"duplicate key {twice!a:.60}")
+        return found
 
     def refuse(literal: str) -> None:
         raise ValueError(f"{literal} is not JSON")
 
-    with open(path, "rb") as file:
-        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise ValueError(f"larger than {max_bytes} bytes")
     try:
-        if len(raw) > max_bytes:
-            raise ValueError(f"larger than {max_bytes} bytes")
         data = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!a}: not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{str(path)!a}: must be a JSON object, got {type(data).__name__}")
+        raise ValueError(f"must be a JSON object, got {type(data).__name__}")
     return data
 
 
@@ -143,7 +139,9 @@ class GraniteMoeConfig:
         if D % H or D // H % 2:
             raise ValueError(f"hidden_size / num_attention_heads: must be even, got {D} / {H}")
         if H % G:
-            raise ValueError(f"num_attention_heads: {H} must be a multiple of num_key_value_heads {G}")
+            raise ValueError(
+                f"num_attention_heads: {H} must be a multiple of num_key_value_heads {G}"
+            )
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
                 f"num_experts_per_tok: must be at most num_local_experts = {self.num_local_experts}, "
@@ -152,7 +150,9 @@ class GraniteMoeConfig:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
-            if any(i is not None and (type(i) is not int or not 0 <= i < self.vocab_size) for i in ids):
+            if any(
+                i is not None and (type(i) is not int or not 0 <= i < self.vocab_size) for i in ids
+            ):
                 raise ValueError(
                     f"{name}: must be null or from 0 to {self.vocab_size - 1}, got {value!a:.60}"
                 )
@@ -163,12 +163,9 @@ class GraniteMoeConfig:
 
     @classmethod
     def from_json(cls, path: str) -> "GraniteMoeConfig":
-        """Read a config.json. Raises ValueError naming the file and the field."""
-        data = read_json(path)
-        try:
-            return cls.from_dict(data)
-        except ValueError as error:
-            raise ValueError(f"{str(path)!a}: {error}") from None
+        """Read a config.json. Raises ValueError naming the field, OSError where it cannot be read."""
+        with open(path, "rb") as file:
+            return cls.from_dict(parse_json(file.read(2**20 + 1)))
 
     @classmethod
     def from_dict(cls, data: dict) -> "GraniteMoeConfig":
@@ -180,15 +177,17 @@ class GraniteMoeConfig:
         data = dict(data)
         if data.get("model_type") != "granitemoe":
             raise ValueError(f"model_type: only 'granitemoe', got {data.get('model_type')!a:.60}")
-        rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"rope type: only 'default' is supported, got {rope_type!a:.60}")
-        if "rope_theta" in rope:
-            data["rope_theta"] = rope["rope_theta"]
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = data.get(name) or {}
+            rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+            rope_type = rope.get("rope_type", rope.get("type", "default"))
+            if rope_type != "default":
+                raise ValueError(f"{name}: only type 'default' is supported, got {rope_type!a:.60}")
+            data["rope_theta"] = rope.get("rope_theta", data.get("rope_theta"))
         for old, new in (("activation_function", "hidden_act"), ("torch_dtype", "dtype")):
             data.setdefault(new, data.get(old, getattr(cls, new)))
+        if data["dtype"] is not None:
+            data["dtype"] = str(data["dtype"]).removeprefix("torch.")
         for name, harmless in (("attention_bias", False), ("quantization_config", None)):
             if data.get(name) not in (None, harmless):
                 raise ValueError(f"{name}: not supported, got {data[name]!a:.60}")
@@ -252,7 +251,9 @@ def attend_sdpa(
 ) -> Tensor:
     """The same through PyTorch's fused kernel of its own choice."""
     T, S = q.shape[2], k.shape[2]
-    if mask is None and 1 < T < S:  # is_causal aligns the triangle to the first key, not to the last
+    if (
+        mask is None and 1 < T < S
+    ):  # is_causal aligns the triangle to the first key, not to the last
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale, enable_gqa=True
@@ -299,7 +300,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, kv, bias=False)
         self.o_proj = nn.Linear(D, D, bias=False)
 
-    def forward(self, x: Tensor, rope: list[Tensor], mask: Tensor | None, past: Past | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: list[Tensor], mask: Tensor | None, past: Past | None
+    ) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (proj(x).view(heads).transpose(1, 2) for proj in projections)  # (B, H or G, T, C)
@@ -353,7 +356,7 @@ def experts_loop(
     for e in expert_ids_NK.unique().tolist():  # waits for the device
         token, slot = torch.where(expert_ids_NK == e)
         hidden = swiglu(F.linear(x_ND[token], gate_up_EPD[e]))
-        out_NKD[token, slot] = F.linear(hidden, down_EDF[e])
+        out_NKD[token, slot] = F.linear(hidden, down_EDF[e]).to(out_NKD.dtype)
     return combine(out_NKD, weights_NK)
 
 
@@ -561,12 +564,18 @@ def check_inputs(
     if look:
         low, high = (int(x) for x in input_ids.aminmax())
         bounds = f"0 to {config.vocab_size - 1}"
-        check(0 <= low and high < config.vocab_size, f"input_ids: {low} to {high} is not in {bounds}")
+        check(
+            0 <= low and high < config.vocab_size, f"input_ids: {low} to {high} is not in {bounds}"
+        )
     if cache:
-        check(S <= cache.max_length, f"cache: {S} tokens do not fit, max_length is {cache.max_length}")
+        check(
+            S <= cache.max_length, f"cache: {S} tokens do not fit, max_length is {cache.max_length}"
+        )
         kind = (config.num_hidden_layers, B, config.num_key_value_heads, config.head_dim)
         found = (*cache.keys.shape[:3], cache.keys.shape[4])
-        check(found == kind, f"cache: (layers, batch, kv heads, head_dim) is {found}, expected {kind}")
+        check(
+            found == kind, f"cache: (layers, batch, kv heads, head_dim) is {found}, expected {kind}"
+        )
         S = S if cache.slots is None else cache.max_length
     if position_ids is not None:
         good = is_integer(position_ids) and tuple(position_ids.shape) in ((B, T), (1, T))
@@ -578,7 +587,9 @@ def check_inputs(
             ones = F.pad(attention_mask, (1, 0)).int()
             check(attention_mask.bool().eq(attention_mask).all(), "attention_mask: must be 0 and 1")
             runs = (ones.diff(dim=1) == 1).sum(dim=1)
-            check(runs.eq(1).all(), "attention_mask: each row must be one run of ones, without a hole")
+            check(
+                runs.eq(1).all(), "attention_mask: each row must be one run of ones, without a hole"
+            )
 
 
 class GraniteMoeModel(nn.Module):
@@ -610,7 +621,9 @@ class GraniteMoeModel(nn.Module):
         if cache and cache.slots is not None:
             slots, at, S = cache.slots, cache.slots, cache.max_length
         x = self.embed_tokens(input_ids) * self.config.embedding_multiplier
-        rope = rope_tables(slots[None] if position_ids is None else position_ids, self.config, x.dtype)
+        rope = rope_tables(
+            slots[None] if position_ids is None else position_ids, self.config, x.dtype
+        )
         plain = attention_mask is None and at is start
         mask = None if plain else visible(slots, S, attention_mask)
         router_logits = []
@@ -687,7 +700,11 @@ class GraniteMoeForCausalLM(nn.Module):
         if labels is not None:
             shifted = output.logits[:, :-1].float().flatten(0, 1)
             output.loss = F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
-        if self.config.output_router_logits if output_router_logits is None else output_router_logits:
+        if (
+            self.config.output_router_logits
+            if output_router_logits is None
+            else output_router_logits
+        ):
             output.router_logits = router_logits
             real = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
             top_k = self.config.num_experts_per_tok

@@ -1,0 +1,295 @@
+"""Train the small GraniteMoe in this folder on the Python standard library of this machine.
+
+    python tiny/train.py                  # about an hour on two cores; run again to resume
+    python tiny/train.py --out /tmp/off --aux-coef 0 --tokens 3e6     # without load balancing
+    python tiny/train.py --out /tmp/dense --dense --tokens 3e6        # same active size, no experts
+
+Writes a checkpoint that any GraniteMoe program opens (config.json, model.safetensors in bfloat16,
+tokenizer.json, tokenizer_config.json, generation_config.json), log.csv (loss and expert load against
+tokens seen) and report.json (held-out losses and baselines). Until it is done, state.part holds what
+a second run needs to continue.
+
+The recipe is that of PowerMoE (arXiv 2408.13359) at a width of 192: the Power learning rate, muP
+scaling by m_width = hidden / 256, AdamW, and the load-balancing loss added to the cross-entropy.
+"""
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, load_balancing_loss  # noqa: E402
+
+VOCAB, T, B, WARMUP, ETA_MAX, A, EXPONENT = 2048, 512, 8, 200, 0.02, 4.0, -0.51
+SPECIAL = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]
+CONFIG = GraniteMoeConfig(
+    vocab_size=VOCAB,
+    hidden_size=192,
+    intermediate_size=128,
+    num_hidden_layers=5,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=T,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    embedding_multiplier=12.0,
+    attention_multiplier=1 / 32,  # 1 / head_dim
+    residual_multiplier=0.22,
+    logits_scaling=0.75,  # m_width = 192 / 256
+    tie_word_embeddings=True,
+    pad_token_id=0,
+    bos_token_id=0,
+    eos_token_id=0,
+    router_aux_loss_coef=0.0,  # added below, layer by layer
+    output_router_logits=False,
+    initializer_range=0.1,
+    dtype="bfloat16",
+)
+
+
+def standard_library() -> tuple[list[str], list[str]]:
+    """Texts to train on and, one file in 25 by the hash of its path, whole files held out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts: tuple[list[str], list[str]] = ([], [])
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        # Tables of characters and third-party packages are not what a reader calls Python.
+        if any(part in name for part in ("site-packages", "encodings/", "_vendor/", "stringprep")):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            texts[int(hashlib.md5(name.encode()).hexdigest(), 16) % 25 == 0].append(text)
+    return texts
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE as Granite's: single digits, then the GPT-2 split."""
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet),
+    )
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+    """All texts as one row of ids, each ended by id 0."""
+    ids = [np.array([*e.ids, 0], dtype=np.int64) for e in tokenizer.encode_batch(texts)]
+    return torch.from_numpy(np.concatenate(ids))
+
+
+def power_rate(tokens: float, total: float) -> float:
+    """eta(n) = min(eta_max, B * a * n^b) after a linear warmup; the last sixth decays to 1 %."""
+    decay_from = total * 5 / 6
+    rate = min(ETA_MAX, B * A * max(min(tokens, decay_from), 1) ** EXPONENT)
+    decay = 0.01 ** max(0.0, (tokens - decay_from) / (total - decay_from))
+    return rate * decay * min(1.0, tokens / (WARMUP * B * T))
+
+
+def new_model(config: GraniteMoeConfig) -> tuple[GraniteMoeForCausalLM, torch.optim.Optimizer]:
+    """muP: matrices inside the layers start smaller and learn slower by the width, 192 / 256."""
+    torch.manual_seed(0)
+    model = GraniteMoeForCausalLM(config)
+    m_width = config.hidden_size / 256
+    inside = [p for n, p in model.named_parameters() if "layers" in n and p.dim() > 1]
+    with torch.no_grad():
+        for p in inside:
+            p.div_(math.sqrt(m_width))
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    groups = [
+        {"params": [model.model.embed_tokens.weight], "scale": 1.0, "weight_decay": 0.1},
+        {"params": inside, "scale": 1 / m_width, "weight_decay": 0.1},
+        {"params": norms, "scale": 1.0, "weight_decay": 0.0},
+    ]
+    return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def windows(ids: torch.Tensor, batch: int, generator: torch.Generator) -> torch.Tensor:
+    """(batch, T + 1) ids from random places."""
+    starts = torch.randint(len(ids) - T - 1, (batch, 1), generator=generator)
+    return ids[starts + torch.arange(T + 1)]
+
+
+@torch.no_grad()
+def evaluate(model: GraniteMoeForCausalLM, ids: torch.Tensor, limit: int) -> tuple[float, list]:
+    """Mean loss in nats a token over consecutive windows, and each layer's share of each expert."""
+    rows = ids[: (len(ids) - 1) // T * T].view(-1, T)[:limit]
+    device = next(model.parameters()).device
+    losses, counts = [], 0
+    for row in rows.split(B):
+        output = model(row.to(device), labels=row.to(device), output_router_logits=True)
+        losses.append(output.loss.item() * len(row))
+        top = [x.topk(model.config.num_experts_per_tok).indices for x in output.router_logits]
+        bins = model.config.num_local_experts
+        counts = counts + torch.stack([t.flatten().cpu().bincount(minlength=bins) for t in top])
+    return sum(losses) / len(rows), (counts / counts.sum(dim=1, keepdim=True)).tolist()
+
+
+def baselines(train: torch.Tensor, held_out: torch.Tensor) -> dict[str, float]:
+    """Held-out nats a token of counting: single tokens, and pairs mixed with single tokens."""
+    single = train.bincount(minlength=VOCAB).double() + 1
+    single /= single.sum()
+    pairs = (
+        (train[:-1] * VOCAB + train[1:]).bincount(minlength=VOCAB**2).view(VOCAB, VOCAB).double()
+    )
+    seen = pairs.sum(dim=1, keepdim=True)
+    mixed = (pairs + 100 * single) / (seen + 100)
+    return {
+        "unigram": -single[held_out].log().mean().item(),
+        "bigram": -mixed[held_out[:-1], held_out[1:]].log().mean().item(),
+    }
+
+
+def train(
+    args: argparse.Namespace, config: GraniteMoeConfig, ids: torch.Tensor, held: torch.Tensor
+):
+    """Run to args.tokens, resuming from state.part; returns the trained model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, optimizer = new_model(config)
+    model.to(device)
+    generator, state, log = (
+        torch.Generator().manual_seed(0),
+        args.out / "state.part",
+        args.out / "log.csv",
+    )
+    step = 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        step = saved["step"]
+    rows = list(csv.reader(log.open()))[: 1 + step // 100] if step else []
+    rows = rows or [["tokens", "train_loss", "held_out_loss", "aux_loss", "max_share", "min_share"]]
+    began, first, running = time.monotonic(), step, []
+    steps = math.ceil(args.tokens / (B * T))
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * power_rate((step + 1) * B * T, steps * B * T)
+        batch = windows(ids, B, generator).to(device)
+        output = model(batch, labels=batch, output_router_logits=True)
+        # Pooled over the layers, as the model's own loss is, balance would let one layer send all to
+        # its expert 0 and the next layer all to its expert 1; so each layer is held to it by itself.
+        k = config.num_experts_per_tok
+        aux = (
+            sum(load_balancing_loss((x,), k) for x in output.router_logits)
+            / config.num_hidden_layers
+        )
+        (output.loss + args.aux_coef * aux).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        running.append(output.loss.item())
+        step += 1
+        if step % 100 == 0:
+            held_loss, shares = evaluate(model, held, 64)
+            rate = (step - first) * B * T / (time.monotonic() - began)
+            spread = [max(map(max, shares)), min(map(min, shares))]
+            rows.append(
+                [
+                    step * B * T,
+                    *(
+                        round(float(x), 4)
+                        for x in (np.mean(running), held_loss, aux.detach(), *spread)
+                    ),
+                ]
+            )
+            left = (steps - step) * B * T / rate / 60
+            print(*rows[-1], f"{rate:.0f} tokens/s, {left:.0f} minutes left", flush=True)
+            running = []
+            with log.open("w", newline="") as file:
+                csv.writer(file).writerows(rows)
+        if step % 200 == 0:
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({**parts, "generator": generator.get_state(), "step": step}, f"{state}.new")
+            Path(f"{state}.new").replace(state)
+    return model.cpu()
+
+
+def save(model: GraniteMoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    """Write the checkpoint in the form in which the released ones are written."""
+    fields = dataclasses.asdict(model.config)
+    for ours in ("attention_backend", "experts_backend"):
+        del fields[ours]
+    head = {"architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe"}
+    tensors = {n: p.detach().bfloat16().contiguous() for n, p in model.state_dict().items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(out / "tokenizer.json"))
+    ends = {name: 0 for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    kind = {name: SPECIAL[0] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    for name, data in (
+        ("config.json", head | fields | {"rope_scaling": None, "use_cache": True}),
+        ("generation_config.json", ends),
+        ("tokenizer_config.json", kind | {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    ):
+        (out / name).write_text(json.dumps(data, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: tiny/)")
+    parser.add_argument("--tokens", type=float, default=16e6, help="how many tokens to see")
+    parser.add_argument("--aux-coef", type=float, default=0.02)
+    parser.add_argument("--dense", action="store_true", help="one expert of the active width")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    one = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 256}
+    config = dataclasses.replace(CONFIG, **(one if args.dense else {}))
+    texts, held_texts = standard_library()
+    tokenizer_file = HERE / "tokenizer.json"
+    if tokenizer_file.exists():
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    else:
+        tokenizer = train_tokenizer(texts)
+        tokenizer.save(str(tokenizer_file))
+    ids, held = encode(tokenizer, texts), encode(tokenizer, held_texts)
+    held_bytes = sum(len(text.encode()) for text in held_texts)
+    sizes = f"{len(ids)} training tokens, {len(held)} held out ({held_bytes} bytes)"
+    print(sizes, *(f"{k} {v:.3f}" for k, v in baselines(ids, held).items()), sep="; ", flush=True)
+    model = train(args, config, ids, held)
+    save(model, tokenizer, args.out)
+    held_loss, shares = evaluate(model, held, len(held))
+    train_loss, _ = evaluate(model, ids[: len(held)], len(held))
+    report = {
+        "tokens_seen": args.tokens,
+        "training_tokens": len(ids),
+        "held_out_tokens": len(held),
+        "parameters": model.num_parameters(),
+        "active_parameters": model.num_parameters(active=True),
+        "train_loss": train_loss,
+        "held_out_loss": held_loss,
+        "held_out_bits_per_byte": held_loss / math.log(2) * len(held) / held_bytes,
+        **{f"{name}_held_out_loss": loss for name, loss in baselines(ids, held).items()},
+        "expert_shares": shares,
+    }
+    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "state.part").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
