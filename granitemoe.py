@@ -1,7 +1,7 @@
 """GraniteMoe, IBM's sparse mixture-of-experts language model, in one readable file.
 
-A decoder-only transformer whose feed-forward block is E small experts, of which a router picks K per
-token: Granite 3.0/3.1 1b-a400m (32 experts) and 3b-a800m (40), PowerMoE-3b (40), all top-8.
+A decoder-only transformer whose feed-forward block is E small experts, of which a router picks K
+per token: Granite 3.0/3.1 1b-a400m (32 experts), 3b-a800m and PowerMoE-3b (40), all top-8.
 
 One layer, for the tokens x of a sequence (m_* are config numbers, all four are visible below):
 
@@ -21,7 +21,7 @@ What makes Granite Granite. Break any of these and the text stays fluent, but is
 - dropless: no capacity, every token reaches all K experts that it chose.
 
 Reading order: GraniteMoeConfig, RMSNorm, rope_tables, rotate, attend_eager, Attention, Router,
-experts_loop, sort_by_expert, experts_grouped, experts_gathered, MoE, DecoderLayer, KVCache,
+sort_by_expert, experts_loop, experts_grouped, experts_gathered, MoE, DecoderLayer, KVCache,
 GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
 
 Dimension key (one letter, one size; x_ND has shape (N, D)):
@@ -46,19 +46,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Past = tuple[Tensor, Tensor, int | Tensor]  # one layer's cached keys and values, and where to write
+Mask = Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: all that came before
+Past = tuple[Tensor, Tensor, int | Tensor]  # a layer's cached keys and values; where to write next
 
 POSITIVE = (1e-30, 1e30)
-LIMITS = {  # field: lowest and highest value allowed; a float limit makes the field a float
+LIMITS = {  # field: lowest and highest value; integers for a field that is one
     "vocab_size": (1, 2**24), "hidden_size": (2, 2**20), "intermediate_size": (1, 2**20),
-    "num_hidden_layers": (1, 1024), "num_attention_heads": (1, 2**16),
+    "num_hidden_layers": (1, 2**10), "num_attention_heads": (1, 2**16),
     "num_key_value_heads": (1, 2**16), "num_local_experts": (1, 2**16),
     "num_experts_per_tok": (1, 2**16), "max_position_embeddings": (1, 2**31),
     "rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "embedding_multiplier": POSITIVE,
     "attention_multiplier": POSITIVE, "residual_multiplier": POSITIVE, "logits_scaling": POSITIVE,
     "router_aux_loss_coef": (0.0, 1e30), "attention_dropout": (0.0, 1.0),
     "initializer_range": POSITIVE,
-}  # fmt: skip
+}
 CHOICES = {
     "hidden_act": ("silu",),
     "dtype": (None, "float32", "float16", "bfloat16"),
@@ -69,27 +70,30 @@ CHOICES = {
 }
 
 
+def require(good: bool | Tensor, message: str) -> None:
+    """The one way in which bad input is refused. An assert would vanish under python -O."""
+    if not good:
+        raise ValueError(message)
+
+
 def parse_json(raw: bytes, max_bytes: int = 2**20) -> dict:
-    """A JSON object, read strictly: no duplicate keys, no NaN, at most `max_bytes`; else ValueError."""
+    """A JSON object, strictly: no duplicate keys, no NaN, at most `max_bytes`; else ValueError."""
 
     def unique(pairs: list) -> dict:
-        if len(found := dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in found if names.count(name) > 1)
-            raise ValueError(f"duplicate key {twice!a:.60}")
-        return found
+        keys = [key for key, _ in pairs]
+        twice = [key for key in dict(pairs) if len(keys) > len(set(keys)) and keys.count(key) > 1]
+        require(not twice, f"duplicate key {twice[:1]!a:.60}")
+        return dict(pairs)
 
     def refuse(literal: str) -> None:
         raise ValueError(f"{literal} is not JSON")
 
-    if len(raw) > max_bytes:
-        raise ValueError(f"larger than {max_bytes} bytes")
+    require(len(raw) <= max_bytes, f"larger than {max_bytes} bytes")
     try:
         data = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"must be a JSON object, got {type(data).__name__}")
+    require(isinstance(data, dict), f"must be a JSON object, got {type(data).__name__}")
     return data
 
 
@@ -121,49 +125,39 @@ class GraniteMoeConfig:
     output_router_logits: bool = False
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
-    dtype: str | None = None  # the dtype of the weights on disk
+    dtype: str | None = None  # of the weights on disk
     attention_backend: str = "sdpa"  # ours: "eager", "sdpa" or "flash"
     experts_backend: str = "auto"  # ours: "auto" (see pick_experts), "loop" or "batched"
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
-            value, kinds = getattr(self, name), (int,) if type(low) is int else (int, float)
-            if type(value) not in kinds or not low <= value <= high:  # NaN fails the comparison
-                kind = "an integer" if type(low) is int else "a number"
-                raise ValueError(f"{name}: must be {kind} from {low} to {high}, got {value!a:.60}")
+            value, whole = getattr(self, name), type(low) is int
+            good = type(value) in ((int,) if whole else (int, float)) and low <= value <= high
+            kind = "an integer" if whole else "a number"
+            require(good, f"{name}: must be {kind} from {low} to {high}, got {value!a:.60}")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if not any(value is a or (type(value) is str and value == a) for a in allowed):
-                raise ValueError(f"{name}: must be one of {list(allowed)}, got {value!a:.60}")
+            good = any(type(value) is type(choice) and value == choice for choice in allowed)
+            require(good, f"{name}: must be one of {list(allowed)}, got {value!a:.60}")
         D, H, G = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if D % H or D // H % 2:
-            raise ValueError(f"hidden_size / num_attention_heads: must be even, got {D} / {H}")
-        if H % G:
-            raise ValueError(
-                f"num_attention_heads: {H} must be a multiple of num_key_value_heads {G}"
-            )
-        if self.num_experts_per_tok > self.num_local_experts:
-            raise ValueError(
-                f"num_experts_per_tok: must be at most num_local_experts = {self.num_local_experts}, "
-                f"got {self.num_experts_per_tok}"
-            )
+        even = D % H == 0 and D // H % 2 == 0
+        require(even, f"hidden_size / num_attention_heads: must be even, got {D} / {H}")
+        require(H % G == 0, f"num_attention_heads: {H} is no multiple of num_key_value_heads {G}")
+        E, K = self.num_local_experts, self.num_experts_per_tok
+        require(K <= E, f"num_experts_per_tok: {K} is more than num_local_experts {E}")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
-            if any(
-                i is not None and (type(i) is not int or not 0 <= i < self.vocab_size) for i in ids
-            ):
-                raise ValueError(
-                    f"{name}: must be null or from 0 to {self.vocab_size - 1}, got {value!a:.60}"
-                )
+            value, last = getattr(self, name), self.vocab_size - 1
+            ids = value if name == "eos_token_id" and type(value) is list else [value]
+            good = all(i is None or (type(i) is int and 0 <= i <= last) for i in ids)
+            require(good, f"{name}: must be null or from 0 to {last}, got {value!a:.60}")
 
     @property
-    def head_dim(self) -> int:  # C; config.json has no key for it
+    def head_dim(self) -> int:  # C
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_json(cls, path: str) -> "GraniteMoeConfig":
-        """Read a config.json. Raises ValueError naming the field, OSError where it cannot be read."""
+        """Read a config.json. Raises ValueError naming the field, OSError if it cannot be read."""
         with open(path, "rb") as file:
             return cls.from_dict(parse_json(file.read(2**20 + 1)))
 
@@ -171,34 +165,57 @@ class GraniteMoeConfig:
     def from_dict(cls, data: dict) -> "GraniteMoeConfig":
         """Take a parsed config.json as transformers 4 or 5 writes it; unknown keys are ignored.
 
-        Raises ValueError for a missing or impossible value, and for features that would change the
-        result but are not implemented.
+        Raises ValueError for a value that is missing or impossible, and for a feature that would
+        change the result and is not implemented.
         """
         data = dict(data)
-        if data.get("model_type") != "granitemoe":
-            raise ValueError(f"model_type: only 'granitemoe', got {data.get('model_type')!a:.60}")
-        for name in ("rope_scaling", "rope_parameters"):
+        for name in ("rope_scaling", "rope_parameters"):  # the older spelling, and the newer
             rope = data.get(name) or {}
-            rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-            rope_type = rope.get("rope_type", rope.get("type", "default"))
-            if rope_type != "default":
-                raise ValueError(f"{name}: only type 'default' is supported, got {rope_type!a:.60}")
+            rope = rope if isinstance(rope, dict) else {"type": rope}
+            data[name] = rope.get("rope_type", rope.get("type", "default"))
             data["rope_theta"] = rope.get("rope_theta", data.get("rope_theta"))
         for old, new in (("activation_function", "hidden_act"), ("torch_dtype", "dtype")):
             data.setdefault(new, data.get(old, getattr(cls, new)))
         if data["dtype"] is not None:
             data["dtype"] = str(data["dtype"]).removeprefix("torch.")
-        for name, harmless in (("attention_bias", False), ("quantization_config", None)):
-            if data.get(name) not in (None, harmless):
-                raise ValueError(f"{name}: not supported, got {data[name]!a:.60}")
+        for name, only in (
+            ("model_type", ["granitemoe"]), ("rope_scaling", ["default"]),
+            ("rope_parameters", ["default"]), ("attention_bias", [None, False]),
+            ("quantization_config", [None]),
+        ):
+            got = data.get(name)
+            require(got in only, f"{name}: only {only[-1]!r} is supported, got {got!a:.60}")
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         missing = [f.name for f in fields(cls) if f.name not in known and not hasattr(cls, f.name)]
-        if missing:
-            raise ValueError(f"missing: {', '.join(missing)}")
-        config = cls(**known)
-        if data.get("head_dim") not in (None, config.head_dim):
-            raise ValueError(f"head_dim: must be {config.head_dim}, got {data['head_dim']!a:.60}")
+        require(not missing, f"missing: {', '.join(missing)}")
+        config, head_dim = cls(**known), data.get("head_dim")
+        good = head_dim in (None, config.head_dim)
+        require(good, f"head_dim: only hidden_size / heads is supported, got {head_dim!a:.60}")
         return config
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., inputs) times weight (outputs, inputs), by the shortest way on a CPU.
+
+    There one row is best taken as a column, which streams the weight up to twice as fast. And many
+    rows of bfloat16 on a processor without matrix units are best widened: float32 products are as
+    exact and take two thirds of the time.
+    """
+    rows = x.shape[:-1].numel()
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        if rows == 1:
+            return (weight @ x.reshape(-1, 1)).view(*x.shape[:-1], -1)
+        if rows >= 64 and x.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
+            return F.linear(x.float(), weight.float()).to(x.dtype)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -228,61 +245,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend_eager(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
-) -> Tensor:
+def triangle(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S): what T causal queries see of S keys, the last query all of them."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
     """softmax(q k^T * scale) v, spelled out; query head h reads key/value head h // (H / G).
 
-    q (B, H, T, C); k, v (B, G, S, C); mask (B or 1, 1, T, S), True where a query may look, or None
-    for the causal triangle, whose last query sees all S keys. Returns (B, H, T, C).
+    q (B, H, T, C); k, v (B, G, S, C); drop: dropout probability. Returns (B, H, T, C).
     """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * scale  # (B, H, T, S)
-    if mask is None:
-        T, S = scores.shape[-2:]
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    mask = triangle(*scores.shape[-2:], q.device) if mask is None else mask
     scores = scores.masked_fill(~mask, -math.inf)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
+    return F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), drop) @ v
 
 
-def attend_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
-) -> Tensor:
-    """The same through PyTorch's fused kernel of its own choice."""
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
+    """The same through the fused kernel that PyTorch chooses."""
     T, S = q.shape[2], k.shape[2]
-    if (
-        mask is None and 1 < T < S
-    ):  # is_causal aligns the triangle to the first key, not to the last
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=mask is None and T > 1, scale=scale, enable_gqa=True
-    )
+    if mask is None and 1 < T < S:  # is_causal ties the triangle to the first key, not to the last
+        mask = triangle(T, S, q.device)
+    options = {"is_causal": mask is None and T > 1, "scale": scale, "enable_gqa": True}
+    return F.scaled_dot_product_attention(q, k, v, mask, drop, **options)
 
 
-def attend_flash(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float
-) -> Tensor:
-    """The same through PyTorch's flash kernel and no other. Raises ValueError where it cannot run."""
-    device, T, S = q.device.type, q.shape[2], k.shape[2]
+def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
+    """The same through PyTorch's flash kernel or not at all: else it raises ValueError."""
+    device, T, S, aten = q.device.type, q.shape[2], k.shape[2], torch.ops.aten
     half = q.dtype in (torch.float16, torch.bfloat16)
-    for impossible, why in (
-        (mask is not None, "takes no padding mask"),
-        (device not in ("cpu", "cuda"), f"does not run on {device}"),
-        (device == "cuda" and not half, f"needs float16 or bfloat16 on CUDA, not {q.dtype}"),
-        (device == "cuda" and q.shape[3] % 8, "needs head_dim to be a multiple of 8 on CUDA"),
+    for good, why in (
+        (mask is None, "takes no padding mask"),
+        (device in ("cpu", "cuda"), f"does not run on {device}"),
+        (device == "cpu" or half, f"needs float16 or bfloat16 on CUDA, not {q.dtype}"),
+        (device == "cpu" or q.shape[3] % 8 == 0, "needs a head_dim that 8 divides on CUDA"),
     ):
-        if impossible:
-            raise ValueError(f"attention_backend: 'flash' {why}; use 'sdpa' or 'eager'")
-    aten = torch.ops.aten
-    flash = {
-        "cpu": aten._scaled_dot_product_flash_attention_for_cpu,
-        "cuda": aten._scaled_dot_product_flash_attention,
-    }[device]
+        require(good, f"attention_backend: 'flash' {why}; use 'sdpa' or 'eager'")
+    names = {"cpu": "_scaled_dot_product_flash_attention_for_cpu"}
+    flash = getattr(aten, names.get(device, "_scaled_dot_product_flash_attention"))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    if 1 < T < S:  # the kernel's triangle starts at the first key: let T end where S does
+    if 1 < T < S:  # here too the triangle starts at the first key: let the queries fill it up
         q = F.pad(q, (0, 0, S - T, 0))
-    return flash(q, k, v, dropout, is_causal=T > 1, scale=scale)[0][:, :, -T:]
+    return flash(q, k, v, drop, is_causal=T > 1, scale=scale)[0][:, :, -T:]
 
 
 ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flash": attend_flash}
@@ -295,14 +300,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, kv, bias=False)
-        self.v_proj = nn.Linear(D, kv, bias=False)
-        self.o_proj = nn.Linear(D, D, bias=False)
+        self.q_proj, self.o_proj = Linear(D, D), Linear(D, D)
+        self.k_proj, self.v_proj = Linear(D, kv), Linear(D, kv)
 
-    def forward(
-        self, x: Tensor, rope: list[Tensor], mask: Tensor | None, past: Past | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: list[Tensor], mask: Mask, past: Past | None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (proj(x).view(heads).transpose(1, 2) for proj in projections)  # (B, H or G, T, C)
@@ -310,8 +311,8 @@ class Attention(nn.Module):
         if past is not None:
             k, v = append(past[0], k, past[2]), append(past[1], v, past[2])  # (B, G, S, C)
         attend = ATTENTION[self.config.attention_backend]
-        dropout = self.config.attention_dropout if self.training else 0.0
-        y = attend(q, k, v, mask, self.config.attention_multiplier, dropout)  # (B, H, T, C)
+        drop = self.config.attention_dropout if self.training else 0.0
+        y = attend(q, k, v, mask, self.config.attention_multiplier, drop)  # (B, H, T, C)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -324,7 +325,7 @@ class Router(nn.Module):
         self.layer = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the logits (float32), the K routing weights, which sum to 1, and expert ids."""
+        """The logits (float32), the K routing weights, which sum to 1, and the experts' ids."""
         logits_NE = self.layer(x_ND).float()
         top_logits_NK, expert_ids_NK = logits_NE.topk(self.top_k, dim=-1)
         weights_NK = top_logits_NK.softmax(dim=-1).to(x_ND.dtype)
@@ -340,47 +341,28 @@ class ExpertWeights(nn.Module):
 
 
 def swiglu(packed: Tensor) -> Tensor:
-    """silu(gate) * up of a packed gate|up (..., P); returns (..., F) (arXiv 2002.05202)."""
+    """silu(gate) * up of packed gate|up (..., P); returns (..., F) (arXiv 2002.05202)."""
     gate, up = packed.chunk(2, dim=-1)
     return F.silu(gate) * up
-
-
-def experts_loop(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """The definition: y_n = sum_k w_nk down_e(silu(gate_e x_n) * up_e x_n), e the k-th choice of n.
-
-    One chosen expert at a time, on the tokens that chose it. Returns y_ND.
-    """
-    out_NKD = x_ND.new_empty(*expert_ids_NK.shape, x_ND.shape[1])
-    for e in expert_ids_NK.unique().tolist():  # waits for the device
-        token, slot = torch.where(expert_ids_NK == e)
-        hidden = swiglu(F.linear(x_ND[token], gate_up_EPD[e]))
-        out_NKD[token, slot] = F.linear(hidden, down_EDF[e]).to(out_NKD.dtype)
-    return combine(out_NKD, weights_NK)
-
-
-def combine(out_NKD: Tensor, weights_NK: Tensor) -> Tensor:
-    """The weighted sum of each token's K expert outputs, as y_ND."""
-    return (weights_NK[:, None] @ out_NKD)[:, 0]
 
 
 def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """Line up the M = N*K assignments by expert.
 
-    Returns order_M (positions in the flattened choices), tokens_M (the token of each) and ends_E
+    Returns order_M (places in the flattened choices), tokens_M (the token of each) and ends_E
     (int32, where each expert's run ends; an expert without tokens has an empty run).
 
     Three tokens choose two of four experts each. Flattened, the choices are 2 0 0 3 2 1, and
-    position p belongs to token p // 2:
+    place p belongs to token p // 2:
 
     >>> choices_NK = torch.tensor([[2, 0], [0, 3], [2, 1]])
     >>> order_M, tokens_M, ends_E = sort_by_expert(choices_NK, 4)
-    >>> order_M.tolist()  # stable: equal choices stay in token order
+    >>> order_M.tolist()  # stable: equal choices stay in the order of their tokens
     [1, 2, 5, 0, 4, 3]
     >>> tokens_M.tolist()
     [0, 1, 2, 0, 2, 1]
-    >>> ends_E.diff(prepend=torch.zeros(1)).int().tolist()  # tokens of each expert
+    >>> counts_E = ends_E.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    >>> counts_E.tolist()  # tokens of each expert
     [2, 1, 2, 1]
     >>> ends_E.tolist()
     [2, 3, 5, 6]
@@ -391,26 +373,45 @@ def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tenso
     return order_M, order_M // expert_ids_NK.shape[1], ends_E
 
 
-def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's matrix (outputs, inputs) times its own run of rows (M, inputs)."""
-    odd = -rows.shape[1] * rows.element_size() % 16 // rows.element_size()
-    if odd:  # the kernel wants rows of whole 16 bytes, as every released size has
-        rows, weights = F.pad(rows, (0, odd)), F.pad(weights, (0, odd))
-    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)
+def combine(rows_MD: Tensor, order_M: Tensor, weights_NK: Tensor) -> Tensor:
+    """Undo the sorting, then y_ND: the sum of each token's K rows times its routing weights."""
+    out_NKD = rows_MD[order_M.argsort()].view(*weights_NK.shape, -1)
+    return (weights_NK[:, None] @ out_NKD)[:, 0]
+
+
+def experts_loop(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """The definition: y_n = sum_k w_nk down_e(silu(gate_e x_n) * up_e x_n), e the k-th choice of n.
+
+    One expert at a time, on the tokens that chose it. Returns y_ND.
+    """
+    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
+    rows_MD, ends = x_ND[tokens_M], ends_E.tolist()  # waits for the device
+    outputs = []
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start < end:
+            hidden = swiglu(linear(rows_MD[start:end], gate_up_EPD[e]))
+            outputs.append(linear(hidden, down_EDF[e]))
+    return combine(torch.cat(outputs), order_M, weights_NK)
 
 
 def experts_grouped(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """The same for many tokens: sorted by expert, each expert's run is one block of a grouped product.
-
-    No loop and no wait for the device. Returns y_ND.
-    """
-    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, gate_up_EPD.shape[0])
+    """The same for many tokens: the loop is inside two grouped products. Returns y_ND."""
+    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
     rows_MP = grouped_product(x_ND[tokens_M], gate_up_EPD, ends_E)
     rows_MD = grouped_product(swiglu(rows_MP), down_EDF, ends_E)
-    out_NKD = rows_MD[order_M.argsort()].view(*expert_ids_NK.shape, -1)  # back in token order
-    return combine(out_NKD, weights_NK)
+    return combine(rows_MD, order_M, weights_NK)
+
+
+def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's matrix (outputs, inputs) times its own run of rows (M, inputs)."""
+    odd = -rows.shape[1] * rows.element_size() % 16 // rows.element_size()
+    if odd:  # the kernel wants rows of whole 16 bytes, which every released size has
+        rows, weights = F.pad(rows, (0, odd)), F.pad(weights, (0, odd))
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)
 
 
 def experts_gathered(
@@ -422,14 +423,14 @@ def experts_gathered(
     """
     rows_NKP = (gate_up_EPD[expert_ids_NK] @ x_ND[:, None, :, None])[..., 0]
     out_NKD = (down_EDF[expert_ids_NK] @ swiglu(rows_NKP)[..., None])[..., 0]
-    return combine(out_NKD, weights_NK)
+    return (weights_NK[:, None] @ out_NKD)[:, 0]
 
 
 def experts_batched(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """The form without a loop that reads less: gathered while assignments are fewer than experts."""
-    few = expert_ids_NK.numel() <= gate_up_EPD.shape[0]
+    """No loop, no wait for the device: gathered while assignments are no more than experts."""
+    few = expert_ids_NK.numel() <= len(gate_up_EPD)
     experts = experts_gathered if few else experts_grouped
     return experts(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
 
@@ -474,7 +475,7 @@ class DecoderLayer(nn.Module):
         self.block_sparse_moe = MoE(config)
 
     def forward(
-        self, x: Tensor, rope: list[Tensor], mask: Tensor | None, past: Past | None
+        self, x: Tensor, rope: list[Tensor], mask: Mask, past: Past | None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) to x and the router's logits (N, E)."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, past) * self.residual_multiplier
@@ -485,8 +486,8 @@ class DecoderLayer(nn.Module):
 class KVCache:
     """Keys and values of the tokens seen, (layers, B, G, max_length, C) each, allocated once.
 
-    `length` counts the slots filled. `slots`, when set, is a tensor (T,) that says in which slots the
-    next step writes: then every shape is fixed, and the step can be captured and replayed.
+    `length` counts the slots filled. `slots`, when set, is a tensor (T,) of the slots that the next
+    step writes: then every shape is fixed, and the step can be captured and replayed.
     """
 
     def __init__(
@@ -499,8 +500,8 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: must be an integer >= 1, got {value!r:.60}")
+            good = type(value) is int and value > 0
+            require(good, f"{name}: must be an integer >= 1, got {value!r:.60}")
         heads = (config.num_key_value_heads, max_length, config.head_dim)
         shape = (config.num_hidden_layers, batch_size, *heads)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -545,51 +546,37 @@ def check_inputs(
     position_ids: Tensor | None,
     cache: KVCache | None,
 ) -> None:
-    """Raises ValueError for wrong shapes and dtypes, and on the CPU, where looking is free, for wrong
-    values: elsewhere that would wait for the device at every step."""
+    """Raises ValueError for wrong shapes and dtypes; on the CPU, where looking is free, for wrong
+    values too: elsewhere that would wait for the device at every step."""
 
-    def check(good: bool | Tensor, message: str) -> None:
-        if not good:
-            raise ValueError(message)
+    def integers(x: Tensor, *shapes: tuple) -> bool:
+        exact = isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex()
+        return exact and tuple(x.shape) in shapes
 
-    def is_integer(x: Tensor) -> bool:
-        return isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex()
-
-    check(is_integer(input_ids) and input_ids.dtype != torch.bool, "input_ids: must be integers")
-    shape = tuple(input_ids.shape)
-    check(len(shape) == 2 and min(shape) > 0, f"input_ids: must be (batch, tokens), got {shape}")
-    B, T = shape
+    B, T = shape = tuple(input_ids.shape) if input_ids.dim() == 2 else (0, 0)
+    good = integers(input_ids, shape) and input_ids.dtype != torch.bool and B * T > 0
+    require(good, f"input_ids: must be integers (batch, tokens), got {tuple(input_ids.shape)}")
     S = T + (cache.length if cache else 0)
-    look = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if look:
-        low, high = (int(x) for x in input_ids.aminmax())
-        bounds = f"0 to {config.vocab_size - 1}"
-        check(
-            0 <= low and high < config.vocab_size, f"input_ids: {low} to {high} is not in {bounds}"
-        )
     if cache:
-        check(
-            S <= cache.max_length, f"cache: {S} tokens do not fit, max_length is {cache.max_length}"
-        )
-        kind = (config.num_hidden_layers, B, config.num_key_value_heads, config.head_dim)
+        require(cache.max_length >= S, f"cache: {S} tokens do not fit in {cache.max_length}")
         found = (*cache.keys.shape[:3], cache.keys.shape[4])
-        check(
-            found == kind, f"cache: (layers, batch, kv heads, head_dim) is {found}, expected {kind}"
-        )
+        kind = (config.num_hidden_layers, B, config.num_key_value_heads, config.head_dim)
+        require(found == kind, f"cache: must be {kind} (layers, batch, heads, size), is {found}")
         S = S if cache.slots is None else cache.max_length
-    if position_ids is not None:
-        good = is_integer(position_ids) and tuple(position_ids.shape) in ((B, T), (1, T))
-        check(good, f"position_ids: must be integers of shape {(B, T)}")
-    if attention_mask is not None:
-        good = is_integer(attention_mask) and tuple(attention_mask.shape) == (B, S)
-        check(good, f"attention_mask: must be 0 and 1 of shape {(B, S)} (cached tokens included)")
-        if look:
-            ones = F.pad(attention_mask, (1, 0)).int()
-            check(attention_mask.bool().eq(attention_mask).all(), "attention_mask: must be 0 and 1")
-            runs = (ones.diff(dim=1) == 1).sum(dim=1)
-            check(
-                runs.eq(1).all(), "attention_mask: each row must be one run of ones, without a hole"
-            )
+    good = position_ids is None or integers(position_ids, (B, T), (1, T))
+    require(good, f"position_ids: must be integers of shape {(B, T)}")
+    good = attention_mask is None or integers(attention_mask, (B, S))
+    require(good, f"attention_mask: must be 0 and 1 of shape {(B, S)}, cached tokens included")
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in input_ids.aminmax())
+        good = low >= 0 and high < config.vocab_size
+        require(good, f"input_ids: must be from 0 to {config.vocab_size - 1}, got {low} to {high}")
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            require(real.eq(attention_mask).all(), "attention_mask: must be 0 and 1")
+            runs = (F.pad(real, (1, 0)).int().diff(dim=1) == 1).sum(dim=1)
+            good = (runs <= 1).all() and (cache or runs.all())  # a chunk may be one row's padding
+            require(good, "attention_mask: must have one unbroken run of 1 in each row")
 
 
 class GraniteMoeModel(nn.Module):
@@ -687,7 +674,7 @@ class GraniteMoeForCausalLM(nn.Module):
         """Predict the token after each of input_ids (B, T).
 
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; S counts cached tokens.
-        position_ids (B, T): 0, 1, ... after the cached tokens unless given; left padding needs them.
+        position_ids (B, T): 0, 1, ... after the cached tokens if None; left padding needs them.
         labels (B, T): shifted inside, -100 is ignored; the loss is the mean in nats, plus the
         auxiliary loss times its coefficient where router logits are asked for.
         logits_to_keep: compute only so many last positions; 0 computes all.
