@@ -210,12 +210,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-class Linear(nn.Linear):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+class Linear(nn.Module):
+    """A matrix (outputs, inputs), or with `experts` one for each expert (E, outputs, inputs)."""
+
+    def __init__(self, inputs: int, outputs: int, *experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*experts, outputs, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """Random matrices; norms stay 1, and the meta device, where nothing has values, is left out."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1 and not parameter.is_meta:
+            nn.init.normal_(parameter, std=std)
 
 
 class RMSNorm(nn.Module):
@@ -322,7 +332,7 @@ class Router(nn.Module):
     def __init__(self, config: GraniteMoeConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.layer = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.layer = Linear(config.hidden_size, config.num_local_experts)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits (float32), the K routing weights, which sum to 1, and the experts' ids."""
@@ -330,14 +340,6 @@ class Router(nn.Module):
         top_logits_NK, expert_ids_NK = logits_NE.topk(self.top_k, dim=-1)
         weights_NK = top_logits_NK.softmax(dim=-1).to(x_ND.dtype)
         return logits_NE, weights_NK, expert_ids_NK
-
-
-class ExpertWeights(nn.Module):
-    """One matrix for each expert, (E, outputs, inputs)."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
 
 
 def swiglu(packed: Tensor) -> Tensor:
@@ -450,8 +452,8 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         E, D, width = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.input_linear = ExpertWeights(E, 2 * width, D)  # gate rows first, then up
-        self.output_linear = ExpertWeights(E, D, width)
+        self.input_linear = Linear(D, 2 * width, E)  # gate rows first, then up
+        self.output_linear = Linear(width, D, E)
         self.router = Router(config)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -585,13 +587,11 @@ class GraniteMoeModel(nn.Module):
     def __init__(self, config: GraniteMoeConfig) -> None:
         super().__init__()
         self.config = config
-        size = (config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(*size, padding_idx=config.pad_token_id)
+        empty = torch.empty(config.vocab_size, config.hidden_size)  # see initialise
+        self.embed_tokens = nn.Embedding(*empty.shape, config.pad_token_id, _weight=empty)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        for parameter in self.parameters():
-            if parameter.dim() > 1:  # the norms' weights stay 1
-                nn.init.normal_(parameter, std=config.initializer_range)
+        initialise(self, config.initializer_range)
 
     def forward(
         self,
@@ -658,8 +658,8 @@ class GraniteMoeForCausalLM(nn.Module):
         self.config = config
         self.model = GraniteMoeModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-            nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            initialise(self.lm_head, config.initializer_range)
 
     def forward(
         self,
@@ -683,7 +683,7 @@ class GraniteMoeForCausalLM(nn.Module):
         x, router_logits = self.model(input_ids, attention_mask, position_ids, cache)
         x = x[:, -logits_to_keep:].contiguous()
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        output = CausalLMOutput(F.linear(x, head.weight) / self.config.logits_scaling)
+        output = CausalLMOutput(linear(x, head.weight) / self.config.logits_scaling)
         if labels is not None:
             shifted = output.logits[:, :-1].float().flatten(0, 1)
             output.loss = F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
