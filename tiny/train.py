@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, load_balancing_loss  # noqa: E402
 
-VOCAB, T, B, WARMUP, ETA_MAX, A, EXPONENT = 2048, 512, 8, 200, 0.02, 4.0, -0.51
+VOCAB, T, B, WARMUP, ETA_MAX, A, EXPONENT = 2048, 512, 8, 100, 0.02, 4.0, -0.51
 SPECIAL = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]
 CONFIG = GraniteMoeConfig(
     vocab_size=VOCAB,
@@ -104,9 +104,12 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
 
 
 def power_rate(tokens: float, total: float) -> float:
-    """eta(n) = min(eta_max, B * a * n^b) after a linear warmup; the last sixth decays to 1 %."""
+    """eta(n) = min(eta_max, beta * a * n^b) after a linear warmup; the last sixth decays to 1 %.
+
+    beta is the batch size in sequences of 4,096 tokens, which are what the constants were fitted on.
+    """
     decay_from = total * 5 / 6
-    rate = min(ETA_MAX, B * A * max(min(tokens, decay_from), 1) ** EXPONENT)
+    rate = min(ETA_MAX, B * T / 4096 * A * max(min(tokens, decay_from), 1) ** EXPONENT)
     decay = 0.01 ** max(0.0, (tokens - decay_from) / (total - decay_from))
     return rate * decay * min(1.0, tokens / (WARMUP * B * T))
 
@@ -253,7 +256,7 @@ def save(model: GraniteMoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: tiny/)")
-    parser.add_argument("--tokens", type=float, default=13e6, help="how many tokens to see")
+    parser.add_argument("--tokens", type=float, default=11e6, help="how many tokens to see")
     parser.add_argument("--aux-coef", type=float, default=0.02)
     parser.add_argument("--dense", action="store_true", help="one expert of the active width")
     args = parser.parse_args()
