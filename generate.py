@@ -363,6 +363,7 @@ def generate(
     eos_token_ids: Collection[int] = (),
     seed: int | None = None,
     cache: KVCache | None = None,
+    graph: bool = False,
 ) -> Iterator[list[int | None]]:
     """Continue prompts (lists of ids, of any lengths); yields at each step one new id a row.
 
@@ -370,6 +371,7 @@ def generate(
     context is full; from then on it yields None. Row i draws from a generator of its own, seeded
     with seed + i, so that it does not depend on its neighbours; seed None takes random ones.
     cache: continue after the tokens that it holds (one row only); the last id yielded is not in it.
+    graph: run each step as one CUDA graph.
     Raises ValueError for bad arguments at once, and for logits that are not finite at their step.
     """
     shape = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -391,7 +393,65 @@ def generate(
     room = [min(max_new_tokens, context - held - len(ids)) for ids in prompts]
     seeds = [None if seed is None else seed + row for row in range(len(prompts))]
     eos = frozenset(eos_token_ids)
-    return _steps(model, prompts, room, shape, repetition_penalty, eos, seeds, cache)
+    return _steps(model, prompts, room, shape, repetition_penalty, eos, seeds, cache, graph)
+
+
+def compile_layers(model: GraniteMoeForCausalLM, batch_size: int = 1) -> float:
+    """Compile the token step, one graph for all layers; returns the seconds that it took.
+
+    The experts become "batched", whose fetch of weights then costs nothing. A prefill stays eager,
+    since each prompt's length would be compiled anew. Needs a C++ compiler, or Triton on CUDA.
+    """
+    model.config.experts_backend = "batched"
+    cuda = model.model.norm.weight.device.type == "cuda"
+    # Fixed shapes pay where steps are captured; on the CPU the cache's length becomes a symbol.
+    options = {"mode": "max-autotune-no-cudagraphs", "dynamic": False} if cuda else {}
+    forward = granitemoe.DecoderLayer.forward
+    model.model.token_step = torch.compile(forward, fullgraph=True, **options)
+    began = time.perf_counter()
+    for size in (2, 3):  # a size that varies becomes a symbol, and prompts of a batch vary in size
+        prompts = [[0] * size, *[[0]] * (batch_size - 1)]
+        list(generate(model, prompts, size + 1, graph=cuda))
+    return time.perf_counter() - began
+
+
+class GraphStep:
+    """The token step for one batch and cache as one CUDA graph, which replays as a single launch.
+
+    Every shape is fixed: the step writes the slot that a tensor names, and looks at the whole cache
+    through a mask. The logits are those of the same kernels run one by one.
+    """
+
+    def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, mask: Tensor, pads: Tensor):
+        self.cache, filled, like = cache, cache.length, {"dtype": torch.long, "device": mask.device}
+        self.ids, self.slots = torch.zeros(len(pads), 1, **like), torch.full((1,), filled, **like)
+        pads = pads.to(mask.device)[:, None]
+
+        def step() -> Tensor:
+            positions = self.slots - pads
+            inputs = {"attention_mask": mask, "position_ids": positions, "cache": cache}
+            return model(self.ids, **inputs).logits[:, -1].float()
+
+        cache.slots = self.slots
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate and compile at their first runs
+            for _ in range(3):
+                step()
+                cache.length = filled
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = step()
+        cache.length, cache.slots = filled, None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """The logits (B, V) after ids (B, 1), which the cache then holds."""
+        self.ids.copy_(ids, non_blocking=True)
+        self.slots.fill_(self.cache.length)
+        self.graph.replay()
+        self.cache.length += 1
+        return self.logits
 
 
 @torch.inference_mode()
@@ -404,6 +464,7 @@ def _steps(
     eos: frozenset[int],
     seeds: list[int | None],
     cache: KVCache | None,
+    graph: bool,
 ) -> Iterator[list[int | None]]:
     """Prefill, then one token a step. Rows are padded on the left; masks come from lengths, since
     the id that pads is also a real one."""
@@ -413,7 +474,7 @@ def _steps(
     like = {"device": weight.device, "dtype": weight.dtype}
     cache = cache or KVCache(model.config, B, longest + max(room), **like)
     pads = torch.tensor([longest - len(ids) for ids in prompts])
-    mask = (torch.arange(longest + max(room)) >= pads[:, None]).to(weight.device)
+    mask = (torch.arange(cache.max_length) >= pads[:, None]).to(weight.device)
 
     def predict(ids: Tensor) -> Tensor:
         """The logits (B, V) after ids (B, T), which the cache then holds."""
@@ -434,6 +495,8 @@ def _steps(
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
     for chunk in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
         logits = predict(chunk)
+    if graph and max(room) > 1:
+        predict = GraphStep(model, cache, mask, pads)
     for step in range(max(room)):
         finite = torch.isfinite(logits).all()
         require(finite, f"logits: not finite at step {step}; a wider dtype may help")
@@ -663,6 +726,7 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="default: the checkpoint's")
     add("--attention", choices=("eager", "sdpa", "flash"), default="sdpa")
     add("--experts", choices=("auto", "loop", "batched"), default="auto")
+    add("--compile", action="store_true", help="compile first, then decode faster")
     args = parser.parse_args()
     try:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -698,10 +762,15 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(folder, device=args.device, dtype=args.dtype, **how, progress=progress)
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     total, active = (model.num_parameters(active=a) / 1e6 for a in (False, True))
-    experts = granitemoe.pick_experts(args.experts, args.device)
+    loaded = time.perf_counter() - began
+    if args.compile:
+        seconds = compile_layers(model, max(1, len(args.prompts)))
+        note(f"[compiled in {seconds:.1f} s]")
+    args.sampling["graph"] = args.compile and args.device.type == "cuda"
+    experts = granitemoe.pick_experts(model.config.experts_backend, args.device)
     note(
         f"[{total:.1f} M parameters, {active:.1f} M active; {args.device}, {dtype}, "
-        f"{args.attention}, experts {experts}; loaded in {time.perf_counter() - began:.2f} s]"
+        f"{args.attention}, experts {experts}; loaded in {loaded:.2f} s]"
     )
 
     def decode(ids: list[int]) -> str:

@@ -202,12 +202,21 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     exact and take two thirds of the time.
     """
     rows = x.shape[:-1].numel()
+    if torch.compiler.is_compiling() and rows == 1:
+        return matvec(weight, x)
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         if rows == 1:
             return (weight @ x.reshape(-1, 1)).view(*x.shape[:-1], -1)
         if rows >= 64 and x.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
             return F.linear(x.float(), weight.float()).to(x.dtype)
     return F.linear(x, weight)
+
+
+def matvec(weights: Tensor, x: Tensor) -> Tensor:
+    """weights (..., outputs, inputs) times x (..., inputs), as (..., outputs)."""
+    if torch.compiler.is_compiling():  # a sum of products, into which a fetch of weights fuses
+        return (weights.float() * x[..., None, :].float()).sum(dim=-1).to(x.dtype)
+    return (weights @ x[..., None])[..., 0]
 
 
 class Linear(nn.Module):
@@ -423,8 +432,8 @@ def experts_gathered(
 
     Reads the chosen experts alone; compiled, the fetch fuses into the product. Returns y_ND.
     """
-    rows_NKP = (gate_up_EPD[expert_ids_NK] @ x_ND[:, None, :, None])[..., 0]
-    out_NKD = (down_EDF[expert_ids_NK] @ swiglu(rows_NKP)[..., None])[..., 0]
+    rows_NKP = matvec(gate_up_EPD[expert_ids_NK], x_ND[:, None])
+    out_NKD = matvec(down_EDF[expert_ids_NK], swiglu(rows_NKP))
     return (weights_NK[:, None] @ out_NKD)[:, 0]
 
 
@@ -591,6 +600,7 @@ class GraniteMoeModel(nn.Module):
         self.embed_tokens = nn.Embedding(*empty.shape, config.pad_token_id, _weight=empty)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.token_step = DecoderLayer.__call__  # may be replaced by its compiled form
         initialise(self, config.initializer_range)
 
     def forward(
@@ -614,9 +624,10 @@ class GraniteMoeModel(nn.Module):
         plain = attention_mask is None and at is start
         mask = None if plain else visible(slots, S, attention_mask)
         router_logits = []
+        run = self.token_step if T == 1 else DecoderLayer.__call__
         for i, layer in enumerate(self.layers):
             past = (cache.keys[i], cache.values[i], at) if cache else None
-            x, logits = layer(x, rope, mask, past)
+            x, logits = run(layer, x, rope, mask, past)
             router_logits.append(logits)
         if cache:
             cache.length += T
