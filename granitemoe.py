@@ -419,10 +419,11 @@ def experts_grouped(
 
 def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
     """Each expert's matrix (outputs, inputs) times its own run of rows (M, inputs)."""
-    odd = -rows.shape[1] * rows.element_size() % 16 // rows.element_size()
-    if odd:  # the kernel wants rows of whole 16 bytes, which every released size has
-        rows, weights = F.pad(rows, (0, odd)), F.pad(weights, (0, odd))
-    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)
+    _, outputs, inputs = weights.shape
+    odd_out, odd_in = (-size % (16 // rows.element_size()) for size in (outputs, inputs))
+    if odd_out or odd_in:  # the kernel wants rows of whole 16 bytes, as all released sizes are
+        rows, weights = F.pad(rows, (0, odd_in)), F.pad(weights, (0, odd_in, 0, odd_out))
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)[:, :outputs]
 
 
 def experts_gathered(
