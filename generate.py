@@ -58,7 +58,7 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Give every way in which reading a checkpoint can fail one form, with the path in it."""
     try:
         yield
@@ -90,7 +90,7 @@ def read_config(folder: Path) -> GraniteMoeConfig:
 def find_folder(path: str | Path) -> Path:
     """A folder as it is; a hub id, `owner/name` where no local folder `owner` is, is downloaded."""
     folder, name = Path(path), str(path)
-    with naming(folder):
+    with naming(path):
         is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not folder.parent.exists()
         if not is_id:
             require(name and folder.is_dir(), "no such folder, and not a hub id (owner/name)")
@@ -360,7 +360,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    eos_token_ids: Collection[int] = (),
+    eos_token_ids: Collection[int] | int | None = (),
     seed: int | None = None,
     cache: KVCache | None = None,
     graph: bool = False,
@@ -392,7 +392,7 @@ def generate(
         require(size <= context, f"prompts[{row}]: has {size} tokens, the context is {context}")
     room = [min(max_new_tokens, context - held - len(ids)) for ids in prompts]
     seeds = [None if seed is None else seed + row for row in range(len(prompts))]
-    eos = frozenset(eos_token_ids)
+    eos = frozenset([eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or ())
     return _steps(model, prompts, room, shape, repetition_penalty, eos, seeds, cache, graph)
 
 
@@ -432,7 +432,7 @@ class GraphStep:
             inputs = {"attention_mask": mask, "position_ids": positions, "cache": cache}
             return model(self.ids, **inputs).logits[:, -1].float()
 
-        cache.slots = self.slots
+        cache.write_at(self.slots)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate and compile at their first runs
@@ -599,7 +599,7 @@ def stream(
 ) -> list[list[int]]:
     """Generate and print: the first row as it is made, each other once those before it ended."""
     eos = model.config.eos_token_id
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    eos = eos if isinstance(eos, list) else [eos]
     made: list[list[int]] = [[] for _ in prompts]
     streams = [TextStream(decode, args.stop) for _ in prompts]
     texts, ended, shown, times = list(heads), [False for _ in prompts], 0, [time.perf_counter()]

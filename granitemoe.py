@@ -498,8 +498,7 @@ class DecoderLayer(nn.Module):
 class KVCache:
     """Keys and values of the tokens seen, (layers, B, G, max_length, C) each, allocated once.
 
-    `length` counts the slots filled. `slots`, when set, is a tensor (T,) of the slots that the next
-    step writes: then every shape is fixed, and the step can be captured and replayed.
+    `length` counts the slots filled. Memory that no token has filled is not touched.
     """
 
     def __init__(
@@ -516,14 +515,21 @@ class KVCache:
             require(good, f"{name}: must be an integer >= 1, got {value!r:.60}")
         heads = (config.num_key_value_heads, max_length, config.head_dim)
         shape = (config.num_hidden_layers, batch_size, *heads)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
         self.slots: Tensor | None = None
 
     @property
     def max_length(self) -> int:
         return self.keys.shape[3]
+
+    def write_at(self, slots: Tensor | None) -> None:
+        """Let the next steps write the slots (T,) that a tensor names: as its values change and its
+        shape does not, such a step can be captured and replayed. None goes back to `length`."""
+        self.slots = slots
+        for cached in (self.keys, self.values):
+            cached[:, :, :, self.length :] = 0.0  # a mask hides numbers, but not NaN
 
 
 def append(cached: Tensor, new: Tensor, at: int | Tensor) -> Tensor:

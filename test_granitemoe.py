@@ -384,11 +384,13 @@ def test_chunks_through_the_cache(one, chunks, attention, experts, side):
 @pytest.mark.parametrize("side", (None, "left"))
 @torch.no_grad()
 def test_cache_with_fixed_shapes(one, side):
-    """`slots`, the form that a captured graph replays, writes and reads as the plain form does."""
+    """`write_at`, the form that a captured graph replays, writes and reads as the plain form does."""
     ids, inputs, cache = random_ids(one.ours.config), padding(side), KVCache(one.ours.config, B, 16)
     parts = [one.ours(ids[:, :6], cache=cache, **{k: x[:, :6] for k, x in inputs.items()}).logits]
+    cache.write_at(slots := torch.tensor([6]))
     for t in range(6, T):
-        cache.slots, cache.length = torch.tensor([t]), 6  # a replay runs no Python: length stays
+        slots.fill_(t)
+        cache.length = 6  # a replay runs no Python: length stays
         step = {k: x[:, t, None] for k, x in inputs.items()}
         if side:
             step["attention_mask"] = F.pad(inputs["attention_mask"], (0, 16 - T), value=1)

@@ -1,12 +1,13 @@
 """The names and comments of granitemoe.py, executed.
 
 Its header gives every dimension one letter. A tracer follows every line of a forward and compares
-each local with a shape suffix (`x_ND`), each assignment with a shape comment (`# (B, H, T, C)`) and
-each integer named by one letter with the sizes of the config and the inputs, which are all different.
-Guards against names that lie: a reader who trusts `rows_MD` must not be misled.
+with the sizes of the config and the inputs, of which no two are equal: each local with a shape
+suffix (`x_ND`), each assignment with a shape comment (`# (B, H, T, C)`) and each integer named by
+one letter. Guards against names that lie: a reader who trusts `rows_MD` must not be misled.
 """
 
 import ast
+import functools
 import importlib.util
 import inspect
 import re
@@ -45,6 +46,7 @@ def step_sizes(T: int, S: int) -> dict[str, int]:
     return WIDTHS | {"B": BATCH, "T": T, "S": S, "N": N, "M": N * WIDTHS["K"]}
 
 
+@functools.cache
 def dimension_key() -> set[str]:
     """The letters that the file's header defines."""
     section = re.search(r"Dimension key.*?\n(.*?)\n\n", granitemoe.__doc__, re.DOTALL)[1]
@@ -107,7 +109,7 @@ class Shapes:
 
 
 def shape_comments(source: str) -> Iterator[tuple[int, list[str], str]]:
-    """(line, assigned names, comment) of each function's assignments that end in a shape comment."""
+    """(line, assigned names, comment) of the functions' assignments that end in a shape comment."""
     lines, tree = source.splitlines(), ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     for node in (node for function in functions for node in ast.walk(function)):
