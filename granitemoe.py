@@ -21,8 +21,8 @@ What makes Granite Granite. Break any of these and the text stays fluent, but is
 - dropless: no capacity, every token reaches all K experts that it chose.
 
 Reading order: GraniteMoeConfig, RMSNorm, rope_tables, rotate, attend_eager, Attention, Router,
-sort_by_expert, experts_loop, experts_grouped, experts_gathered, MoE, DecoderLayer, KVCache,
-GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
+experts_one_token, sort_by_expert, experts_loop, experts_grouped, experts_gathered, MoE,
+DecoderLayer, KVCache, GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
 
 Dimension key (one letter, one size; x_ND has shape (N, D)):
     B batch            T new tokens           S cached + new tokens   V vocabulary
@@ -204,6 +204,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.shape[:-1].numel()
     if torch.compiler.is_compiling() and rows == 1:
         return matvec(weight, x)
+    if weight.is_mkldnn and rows < 64:  # see generate.pack_for_cpu
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    weight = weight.to_dense() if weight.is_mkldnn else weight
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         if rows == 1:
             return (weight @ x.reshape(-1, 1)).view(*x.shape[:-1], -1)
@@ -357,6 +360,18 @@ def swiglu(packed: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def experts_one_token(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """The equation as it stands, for N = 1: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where
+    expert e is the k-th choice. Returns y_ND."""
+    experts = expert_ids_NK[0].tolist()  # waits for the device
+    rows_KP = torch.cat([linear(x_ND, gate_up_EPD[e]) for e in experts])
+    hidden = swiglu(rows_KP).split(1)
+    rows_KD = torch.cat([linear(h, down_EDF[e]) for h, e in zip(hidden, experts, strict=True)])
+    return weights_NK @ rows_KD
+
+
 def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """Line up the M = N*K assignments by expert.
 
@@ -393,10 +408,9 @@ def combine(rows_MD: Tensor, order_M: Tensor, weights_NK: Tensor) -> Tensor:
 def experts_loop(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """The definition: y_n = sum_k w_nk down_e(silu(gate_e x_n) * up_e x_n), e the k-th choice of n.
-
-    One expert at a time, on the tokens that chose it. Returns y_ND.
-    """
+    """The same for every token: one expert at a time, on the tokens that chose it. Returns y_ND."""
+    if len(x_ND) == 1:
+        return experts_one_token(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
     order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
     rows_MD, ends = x_ND[tokens_M], ends_E.tolist()  # waits for the device
     outputs = []

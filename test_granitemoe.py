@@ -385,7 +385,8 @@ def test_chunks_through_the_cache(one, chunks, attention, experts, side):
 @torch.no_grad()
 def test_cache_with_fixed_shapes(one, side):
     """`write_at`, the form that a captured graph replays, writes and reads as the plain form does."""
-    ids, inputs, cache = random_ids(one.ours.config), padding(side), KVCache(one.ours.config, B, 16)
+    config, inputs = one.ours.config, padding(side)
+    ids, cache = random_ids(config), KVCache(config, B, 16)
     parts = [one.ours(ids[:, :6], cache=cache, **{k: x[:, :6] for k, x in inputs.items()}).logits]
     cache.write_at(slots := torch.tensor([6]))
     for t in range(6, T):
