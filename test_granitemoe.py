@@ -384,7 +384,7 @@ def test_chunks_through_the_cache(one, chunks, attention, experts, side):
 @pytest.mark.parametrize("side", (None, "left"))
 @torch.no_grad()
 def test_cache_with_fixed_shapes(one, side):
-    """`write_at`, the form that a captured graph replays, writes and reads as the plain form does."""
+    """`write_at`, the form that a captured graph replays, writes and reads as the plain one."""
     config, inputs = one.ours.config, padding(side)
     ids, cache = random_ids(config), KVCache(config, B, 16)
     parts = [one.ours(ids[:, :6], cache=cache, **{k: x[:, :6] for k, x in inputs.items()}).logits]

@@ -5,9 +5,9 @@
     python tiny/train.py --out /tmp/dense --dense --tokens 3e6        # same active size, no experts
 
 Writes a checkpoint that any GraniteMoe program opens (config.json, model.safetensors in bfloat16,
-tokenizer.json, tokenizer_config.json, generation_config.json), log.csv (loss and expert load against
-tokens seen) and report.json (held-out losses and baselines). Until it is done, state.part holds what
-a second run needs to continue.
+tokenizer.json, tokenizer_config.json, generation_config.json), log.csv (loss and expert load
+against tokens seen) and report.json (held-out losses and baselines). Until it is done, state.part
+holds what a second run needs to continue.
 
 The recipe is that of PowerMoE (arXiv 2408.13359) at a width of 192: the Power learning rate, muP
 scaling by m_width = hidden / 256, AdamW, and the load-balancing loss added to the cross-entropy.
@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -106,7 +105,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
 def power_rate(tokens: float, total: float) -> float:
     """eta(n) = min(eta_max, beta * a * n^b) after a linear warmup; the last sixth decays to 1 %.
 
-    beta is the batch size in sequences of 4,096 tokens, which are what the constants were fitted on.
+    beta is the batch size in sequences of 4,096 tokens, on which the constants were fitted.
     """
     decay_from = total * 5 / 6
     rate = min(ETA_MAX, B * T / 4096 * A * max(min(tokens, decay_from), 1) ** EXPONENT)
@@ -168,65 +167,56 @@ def baselines(train: torch.Tensor, held_out: torch.Tensor) -> dict[str, float]:
     }
 
 
+def learn(
+    model: GraniteMoeForCausalLM, optimizer: torch.optim.Optimizer, batch: torch.Tensor, coef: float
+) -> tuple[float, float]:
+    """One step; returns the cross-entropy and the balance loss (K where balance is perfect)."""
+    config = model.config
+    output = model(batch, labels=batch, output_router_logits=True)
+    # Pooled over the layers, as the model's own loss is, balance would let one layer send all to
+    # its expert 0 and the next all to its expert 1; so each layer is held to it by itself.
+    k, layers = config.num_experts_per_tok, config.num_hidden_layers
+    aux = sum(load_balancing_loss((x,), k) for x in output.router_logits) / layers
+    (output.loss + coef * aux).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return output.loss.item(), aux.item()
+
+
 def train(
     args: argparse.Namespace, config: GraniteMoeConfig, ids: torch.Tensor, held: torch.Tensor
-):
+) -> GraniteMoeForCausalLM:
     """Run to args.tokens, resuming from state.part; returns the trained model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, optimizer = new_model(config)
     model.to(device)
-    generator, state, log = (
-        torch.Generator().manual_seed(0),
-        args.out / "state.part",
-        args.out / "log.csv",
-    )
-    step = 0
+    state, log = args.out / "state.part", args.out / "log.csv"
+    generator, step, losses = torch.Generator().manual_seed(0), 0, []
+    rows = [["tokens", "train_loss", "held_out_loss", "aux_loss", "max_share", "min_share"]]
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         step = saved["step"]
-    rows = list(csv.reader(log.open()))[: 1 + step // 100] if step else []
-    rows = rows or [["tokens", "train_loss", "held_out_loss", "aux_loss", "max_share", "min_share"]]
-    began, first, running = time.monotonic(), step, []
-    steps = math.ceil(args.tokens / (B * T))
+        rows = list(csv.reader(log.open()))[: 1 + step // 100]
+    began, first, steps = time.monotonic(), step, math.ceil(args.tokens / (B * T))
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * power_rate((step + 1) * B * T, steps * B * T)
-        batch = windows(ids, B, generator).to(device)
-        output = model(batch, labels=batch, output_router_logits=True)
-        # Pooled over the layers, as the model's own loss is, balance would let one layer send all to
-        # its expert 0 and the next layer all to its expert 1; so each layer is held to it by itself.
-        k = config.num_experts_per_tok
-        aux = (
-            sum(load_balancing_loss((x,), k) for x in output.router_logits)
-            / config.num_hidden_layers
-        )
-        (output.loss + args.aux_coef * aux).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        running.append(output.loss.item())
-        step += 1
+        loss, aux = learn(model, optimizer, windows(ids, B, generator).to(device), args.aux_coef)
+        losses, step = [*losses, loss], step + 1
         if step % 100 == 0:
             held_loss, shares = evaluate(model, held, 64)
+            numbers = np.mean(losses), held_loss, aux, max(map(max, shares)), min(map(min, shares))
+            rows.append([step * B * T, *(round(float(x), 4) for x in numbers)])
             rate = (step - first) * B * T / (time.monotonic() - began)
-            spread = [max(map(max, shares)), min(map(min, shares))]
-            rows.append(
-                [
-                    step * B * T,
-                    *(
-                        round(float(x), 4)
-                        for x in (np.mean(running), held_loss, aux.detach(), *spread)
-                    ),
-                ]
-            )
-            left = (steps - step) * B * T / rate / 60
-            print(*rows[-1], f"{rate:.0f} tokens/s, {left:.0f} minutes left", flush=True)
-            running = []
+            left = f"{(steps - step) * B * T / rate / 60:.0f} minutes left"
+            print(*rows[-1], f"{rate:.0f} tokens/s, {left}", flush=True)
             with log.open("w", newline="") as file:
-                csv.writer(file).writerows(rows)
+                csv.writer(file, lineterminator="\n").writerows(rows)
+            losses = []
         if step % 200 == 0:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**parts, "generator": generator.get_state(), "step": step}, f"{state}.new")
