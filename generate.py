@@ -8,6 +8,7 @@ sampling_probs, generate and _steps (prefill, then one token a step), chat_ids, 
 """
 
 import argparse
+import functools
 import itertools
 import os
 import re
@@ -240,27 +241,6 @@ def load_model(
     return model.eval()
 
 
-def pack_for_cpu(model: GraniteMoeForCausalLM) -> bool:
-    """Rewrite the matrices, one at a time, in the layout that the CPU's products read fastest.
-
-    Returns whether it did: only for bfloat16 on x86 with AVX-512 and without matrix units, where it
-    was measured to pay. The model then only runs forward, with "loop"; state_dict() has no numbers.
-    """
-    weight, cpu = model.model.norm.weight, torch.backends.cpu.get_cpu_capability()
-    kind = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if not kind or cpu != "AVX512" or torch.cpu._is_amx_tile_supported():
-        return False
-    for module in model.modules():
-        if isinstance(module, granitemoe.Linear):
-            dense = module.weight.detach()
-            del module.weight
-            matrices = [dense] if dense.dim() == 2 else dense
-            reorder = torch.ops.mkldnn._reorder_linear_weight
-            packed = [torch.nn.Parameter(reorder(w, 1), requires_grad=False) for w in matrices]
-            module.weight = packed[0] if dense.dim() == 2 else torch.nn.ParameterList(packed)
-    return True
-
-
 def load_tokenizer(path: str | Path) -> "Tokenizer":
     """The checkpoint's tokenizer: tokenizer.json, or vocab.json, merges.txt and added_tokens.json.
 
@@ -363,12 +343,24 @@ def sampling_probs(
     return logits.softmax(dim=-1)
 
 
-def pick(probs: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One id a row (B,): where a uniform number of the row's own falls in its cumulative sum."""
-    cumulative = probs.double().cumsum(dim=-1)
-    uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
-    target = uniform.to(probs.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+def next_ids(
+    logits: Tensor, uniform: Tensor, seen: Tensor, penalty: float, shape: dict[str, float]
+) -> Tensor:
+    """The next id of each row (B,), -1 where its logits (B, V) are not finite.
+
+    uniform (B, 1): a number from 0 to 1 a row, which picks the id by the cumulative probabilities.
+    seen (B, V): the ids that the penalty is for (arXiv 1909.05858). Never waits for the device.
+    """
+    finite = torch.isfinite(logits).all(dim=-1)
+    if penalty != 1:
+        punished = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, punished, logits)
+    if shape["temperature"] == 0:
+        new = logits.argmax(dim=-1)
+    else:
+        cumulative = sampling_probs(logits, **shape).double().cumsum(dim=-1)
+        new = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    return torch.where(finite, new, -1)
 
 
 def generate(
@@ -436,24 +428,51 @@ def compile_layers(model: GraniteMoeForCausalLM, batch_size: int = 1) -> float:
     return time.perf_counter() - began
 
 
-class GraphStep:
-    """The token step for one batch and cache as one CUDA graph, which replays as a single launch.
+class Steps:
+    """Runs the model for the rows of one batch: tokens in, the next ids (B,) out.
 
-    Every shape is fixed: the step writes the slot that a tensor names, and looks at the whole cache
-    through a mask. The logits are those of the same kernels run one by one.
+    Rows are padded on the left; masks come from lengths, since the id that pads is a real one too.
     """
 
-    def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, mask: Tensor, pads: Tensor):
-        self.cache, filled, like = cache, cache.length, {"dtype": torch.long, "device": mask.device}
-        self.ids, self.slots = torch.zeros(len(pads), 1, **like), torch.full((1,), filled, **like)
-        pads = pads.to(mask.device)[:, None]
+    def __init__(
+        self,
+        model: GraniteMoeForCausalLM,
+        cache: KVCache,
+        pads: Tensor,
+        choose: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """pads (B, 1): how many slots of the cache each row leaves empty; choose: logits (B, V)
+        and uniform numbers (B, 1) to ids (B,)."""
+        self.model, self.cache, self.pads, self.choose = model, cache, pads, choose
+        self.mask = torch.arange(cache.max_length, device=pads.device) >= pads  # (B, S)
+        self.padded = bool(pads.any())
+
+    def __call__(self, ids: Tensor, uniform: Tensor) -> Tensor:
+        """ids (B, T), which the cache then holds."""
+        inputs, end = {}, self.cache.length + ids.shape[1]
+        if self.padded:
+            slots = torch.arange(self.cache.length, end, device=ids.device)
+            inputs["position_ids"] = (slots - self.pads).clamp(min=0)
+            inputs["attention_mask"] = self.mask[:, :end]
+        logits = self.model(ids, cache=self.cache, logits_to_keep=1, **inputs).logits
+        return self.choose(logits[:, -1].float(), uniform)
+
+    def capture(self, uniform: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """The step of one token a row as a CUDA graph, sampling included: one launch a step.
+
+        Every shape is fixed: the step writes the slot that a tensor names, and looks at the whole
+        cache through the mask. The ids are those of the same kernels run one by one.
+        """
+        cache, filled = self.cache, self.cache.length
+        ids, slot = torch.zeros_like(self.pads), torch.full_like(self.pads[0], filled)
+        uniform = uniform.clone()
 
         def step() -> Tensor:
-            positions = self.slots - pads
-            inputs = {"attention_mask": mask, "position_ids": positions, "cache": cache}
-            return model(self.ids, **inputs).logits[:, -1].float()
+            inputs = {"attention_mask": self.mask, "position_ids": slot - self.pads}
+            logits = self.model(ids, cache=cache, **inputs).logits
+            return self.choose(logits[:, -1].float(), uniform)
 
-        cache.write_at(self.slots)
+        cache.write_at(slot)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate and compile at their first runs
@@ -461,18 +480,20 @@ class GraphStep:
                 step()
                 cache.length = filled
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            new = step()
         cache.length, cache.slots = filled, None
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        """The logits (B, V) after ids (B, 1), which the cache then holds."""
-        self.ids.copy_(ids, non_blocking=True)
-        self.slots.fill_(self.cache.length)
-        self.graph.replay()
-        self.cache.length += 1
-        return self.logits
+        def replay(new_ids: Tensor, new_uniform: Tensor) -> Tensor:
+            ids.copy_(new_ids)
+            uniform.copy_(new_uniform)
+            slot.fill_(cache.length)
+            graph.replay()
+            cache.length += 1
+            return new
+
+        return replay
 
 
 @torch.inference_mode()
@@ -487,52 +508,43 @@ def _steps(
     cache: KVCache | None,
     graph: bool,
 ) -> Iterator[list[int | None]]:
-    """Prefill, then one token a step. Rows are padded on the left; masks come from lengths, since
-    the id that pads is also a real one."""
+    """Prefill, then one token a step; room: how many tokens each row may still get."""
     if max(room) < 1:
         return
     weight, B, longest = model.model.norm.weight, len(prompts), max(map(len, prompts))
-    like = {"device": weight.device, "dtype": weight.dtype}
-    cache = cache or KVCache(model.config, B, longest + max(room), **like)
-    pads = torch.tensor([longest - len(ids) for ids in prompts])
-    mask = (torch.arange(cache.max_length) >= pads[:, None]).to(weight.device)
-
-    def predict(ids: Tensor) -> Tensor:
-        """The logits (B, V) after ids (B, T), which the cache then holds."""
-        inputs = {}
-        if pads.any():
-            slots = torch.arange(cache.length, cache.length + ids.shape[1])
-            inputs["position_ids"] = (slots - pads[:, None]).clamp(min=0).to(weight.device)
-            inputs["attention_mask"] = mask[:, : cache.length + ids.shape[1]]
-        logits = model(ids.to(weight.device), cache=cache, logits_to_keep=1, **inputs).logits
-        return logits[:, -1].float()
-
+    device = weight.device
+    kind = {"device": device, "dtype": weight.dtype}
+    cache = cache or KVCache(model.config, B, longest + max(room), **kind)
     generators = [torch.Generator() for _ in prompts]
     for generator, seed in zip(generators, seeds, strict=True):
         generator.seed() if seed is None else generator.manual_seed(seed)
-    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=weight.device)
+
+    def draw() -> Tensor:
+        rows = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
+        return torch.stack(rows).to(device)
+
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
     for row, ids in enumerate(prompts):
         seen[row, ids] = True
-    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    choose = functools.partial(next_ids, seen=seen, penalty=penalty, shape=shape)
+    pads = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
+    step = Steps(model, cache, pads, choose)
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    uniform = draw()
     for chunk in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
-        logits = predict(chunk)
+        new = step(chunk, uniform)
     if graph and max(room) > 1:
-        predict = GraphStep(model, cache, mask, pads)
-    for step in range(max(room)):
-        finite = torch.isfinite(logits).all()
-        require(finite, f"logits: not finite at step {step}; a wider dtype may help")
-        if penalty != 1:  # of the ids that the row has seen (arXiv 1909.05858)
-            punished = torch.where(logits < 0, logits * penalty, logits / penalty)
-            logits = torch.where(seen, punished, logits)
-        greedy = shape["temperature"] == 0
-        new = logits.argmax(dim=-1) if greedy else pick(sampling_probs(logits, **shape), generators)
-        seen.scatter_(1, new[:, None], True)
-        ids = [i if step < end else None for i, end in zip(new.tolist(), room, strict=True)]
+        step = step.capture(uniform)
+    for count in range(max(room)):
+        ids = new.tolist()  # the one wait for the device in a step
+        require(-1 not in ids, f"logits: not finite at step {count}; a wider dtype may help")
+        ids = [i if count < end else None for i, end in zip(ids, room, strict=True)]
         yield ids
         room = [0 if i in eos else end for i, end in zip(ids, room, strict=True)]
-        if step + 1 >= max(room):
+        if count + 1 >= max(room):
             return
-        logits = predict(new[:, None])
+        seen.scatter_(1, new[:, None], True)
+        new = step(new[:, None], draw())
 
 
 def chat_ids(tokenizer: "Tokenizer", messages: list[tuple[str, str]]) -> list[int]:
@@ -712,7 +724,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA, else MPS, else the CPU. Raises ValueError for what this machine lacks."""
+    """ "auto" is CUDA, else MPS, else the CPU. Raises ValueError for what this machine lacks."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     available = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
     wanted = {"auto": available[0], "cuda": "cuda:0"}.get(name, name)
@@ -783,7 +795,6 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(folder, device=args.device, dtype=args.dtype, **how, progress=progress)
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     total, active = (model.num_parameters(active=a) / 1e6 for a in (False, True))
-    packed = not args.compile and args.experts != "batched" and pack_for_cpu(model)
     if args.compile:
         seconds = compile_layers(model, max(1, len(args.prompts)))
         note(f"[compiled in {seconds:.1f} s]")
@@ -792,7 +803,7 @@ def run(args: argparse.Namespace) -> None:
     experts = granitemoe.pick_experts(model.config.experts_backend, args.device)
     note(
         f"[{total:.1f} M parameters, {active:.1f} M active; {args.device}, {dtype}, "
-        f"{args.attention}, experts {experts}{', packed' * packed}; loaded in {loaded:.2f} s]"
+        f"{args.attention}, experts {experts}; loaded in {loaded:.2f} s]"
     )
 
     def decode(ids: list[int]) -> str:

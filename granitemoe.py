@@ -21,8 +21,8 @@ What makes Granite Granite. Break any of these and the text stays fluent, but is
 - dropless: no capacity, every token reaches all K experts that it chose.
 
 Reading order: GraniteMoeConfig, RMSNorm, rope_tables, rotate, attend_eager, Attention, Router,
-experts_one_token, sort_by_expert, experts_loop, experts_grouped, experts_gathered, MoE,
-DecoderLayer, KVCache, GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
+sort_by_expert, experts_loop, experts_grouped, experts_gathered, MoE, DecoderLayer, KVCache,
+GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
 
 Dimension key (one letter, one size; x_ND has shape (N, D)):
     B batch            T new tokens           S cached + new tokens   V vocabulary
@@ -51,13 +51,23 @@ Past = tuple[Tensor, Tensor, int | Tensor]  # a layer's cached keys and values; 
 
 POSITIVE = (1e-30, 1e30)
 LIMITS = {  # field: lowest and highest value; integers for a field that is one
-    "vocab_size": (1, 2**24), "hidden_size": (2, 2**20), "intermediate_size": (1, 2**20),
-    "num_hidden_layers": (1, 2**10), "num_attention_heads": (1, 2**16),
-    "num_key_value_heads": (1, 2**16), "num_local_experts": (1, 2**16),
-    "num_experts_per_tok": (1, 2**16), "max_position_embeddings": (1, 2**31),
-    "rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "embedding_multiplier": POSITIVE,
-    "attention_multiplier": POSITIVE, "residual_multiplier": POSITIVE, "logits_scaling": POSITIVE,
-    "router_aux_loss_coef": (0.0, 1e30), "attention_dropout": (0.0, 1.0),
+    "vocab_size": (1, 2**24),
+    "hidden_size": (2, 2**20),
+    "intermediate_size": (1, 2**20),
+    "num_hidden_layers": (1, 2**10),
+    "num_attention_heads": (1, 2**16),
+    "num_key_value_heads": (1, 2**16),
+    "num_local_experts": (1, 2**16),
+    "num_experts_per_tok": (1, 2**16),
+    "max_position_embeddings": (1, 2**31),
+    "rope_theta": POSITIVE,
+    "rms_norm_eps": POSITIVE,
+    "embedding_multiplier": POSITIVE,
+    "attention_multiplier": POSITIVE,
+    "residual_multiplier": POSITIVE,
+    "logits_scaling": POSITIVE,
+    "router_aux_loss_coef": (0.0, 1e30),
+    "attention_dropout": (0.0, 1.0),
     "initializer_range": POSITIVE,
 }
 CHOICES = {
@@ -179,8 +189,10 @@ class GraniteMoeConfig:
         if data["dtype"] is not None:
             data["dtype"] = str(data["dtype"]).removeprefix("torch.")
         for name, only in (
-            ("model_type", ["granitemoe"]), ("rope_scaling", ["default"]),
-            ("rope_parameters", ["default"]), ("attention_bias", [None, False]),
+            ("model_type", ["granitemoe"]),
+            ("rope_scaling", ["default"]),
+            ("rope_parameters", ["default"]),
+            ("attention_bias", [None, False]),
             ("quantization_config", [None]),
         ):
             got = data.get(name)
@@ -195,23 +207,15 @@ class GraniteMoeConfig:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., inputs) times weight (outputs, inputs), by the shortest way on a CPU.
+    """x (..., inputs) times weight (outputs, inputs).
 
-    There one row is best taken as a column, which streams the weight up to twice as fast. And many
-    rows of bfloat16 on a processor without matrix units are best widened: float32 products are as
-    exact and take two thirds of the time.
+    One row alone is taken as a column: on a CPU that streams the weight up to twice as fast.
     """
-    rows = x.shape[:-1].numel()
-    if torch.compiler.is_compiling() and rows == 1:
-        return matvec(weight, x)
-    if weight.is_mkldnn and rows < 64:  # see generate.pack_for_cpu
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    weight = weight.to_dense() if weight.is_mkldnn else weight
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
-        if rows == 1:
+    if x.shape[:-1].numel() == 1:
+        if torch.compiler.is_compiling():
+            return matvec(weight, x)
+        if x.device.type == "cpu":
             return (weight @ x.reshape(-1, 1)).view(*x.shape[:-1], -1)
-        if rows >= 64 and x.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-            return F.linear(x.float(), weight.float()).to(x.dtype)
     return F.linear(x, weight)
 
 
@@ -286,10 +290,15 @@ def attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
     """The same through the fused kernel that PyTorch chooses."""
-    T, S = q.shape[2], k.shape[2]
-    if mask is None and 1 < T < S:  # is_causal ties the triangle to the first key, not to the last
+    T, S, G = q.shape[2], k.shape[2], k.shape[1]
+    if T == 1:  # the query heads of one key head become its rows, so that it is read once
+        y = F.scaled_dot_product_attention(
+            q.view(len(q), G, -1, q.shape[3]), k, v, mask, drop, scale=scale
+        )
+        return y.view_as(q)
+    if mask is None and T < S:  # is_causal ties the triangle to the first key, not to the last
         mask = triangle(T, S, q.device)
-    options = {"is_causal": mask is None and T > 1, "scale": scale, "enable_gqa": True}
+    options = {"is_causal": mask is None, "scale": scale, "enable_gqa": True}
     return F.scaled_dot_product_attention(q, k, v, mask, drop, **options)
 
 
@@ -360,18 +369,6 @@ def swiglu(packed: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def experts_one_token(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """The equation as it stands, for N = 1: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where
-    expert e is the k-th choice. Returns y_ND."""
-    experts = expert_ids_NK[0].tolist()  # waits for the device
-    rows_KP = torch.cat([linear(x_ND, gate_up_EPD[e]) for e in experts])
-    hidden = swiglu(rows_KP).split(1)
-    rows_KD = torch.cat([linear(h, down_EDF[e]) for h, e in zip(hidden, experts, strict=True)])
-    return weights_NK @ rows_KD
-
-
 def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """Line up the M = N*K assignments by expert.
 
@@ -408,16 +405,17 @@ def combine(rows_MD: Tensor, order_M: Tensor, weights_NK: Tensor) -> Tensor:
 def experts_loop(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """The same for every token: one expert at a time, on the tokens that chose it. Returns y_ND."""
-    if len(x_ND) == 1:
-        return experts_one_token(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
+    """The definition: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where e is the k-th choice.
+
+    One expert at a time, on the tokens that chose it. Returns y_ND.
+    """
     order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
-    rows_MD, ends = x_ND[tokens_M], ends_E.tolist()  # waits for the device
-    outputs = []
-    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+    rows_MD, outputs, start = x_ND[tokens_M], [], 0
+    for e, end in enumerate(ends_E.tolist()):  # waits for the device
         if start < end:
             hidden = swiglu(linear(rows_MD[start:end], gate_up_EPD[e]))
             outputs.append(linear(hidden, down_EDF[e]))
+        start = end
     return combine(torch.cat(outputs), order_M, weights_NK)
 
 
@@ -571,23 +569,27 @@ def visible(slots: Tensor, S: int, attention_mask: Tensor | None) -> Tensor:
     return mask
 
 
-def check_inputs(
+def check_shapes(
     config: GraniteMoeConfig,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: KVCache | None,
 ) -> None:
-    """Raises ValueError for wrong shapes and dtypes; on the CPU, where looking is free, for wrong
-    values too: elsewhere that would wait for the device at every step."""
+    """Raises ValueError for inputs that do not fit each other, the model or the cache."""
 
-    def integers(x: Tensor, *shapes: tuple) -> bool:
-        exact = isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex()
-        return exact and tuple(x.shape) in shapes
+    def fits(
+        name: str, x: Tensor | None, *shapes: tuple, kinds: tuple = (torch.int64, torch.int32)
+    ):
+        good = x is None or (isinstance(x, Tensor) and x.dtype in kinds and x.shape in shapes)
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        require(good, f"{name}: must be integers of shape {tuple(shapes[0])}, got {found}")
 
-    B, T = shape = tuple(input_ids.shape) if input_ids.dim() == 2 else (0, 0)
-    good = integers(input_ids, shape) and input_ids.dtype != torch.bool and B * T > 0
-    require(good, f"input_ids: must be integers (batch, tokens), got {tuple(input_ids.shape)}")
+    shape = input_ids.shape if isinstance(input_ids, Tensor) else ("batch", "tokens")
+    fits(
+        "input_ids", input_ids, shape if len(shape) == 2 and 0 not in shape else ("batch", "tokens")
+    )
+    B, T = shape
     S = T + (cache.length if cache else 0)
     if cache:
         require(cache.max_length >= S, f"cache: {S} tokens do not fit in {cache.max_length}")
@@ -595,20 +597,25 @@ def check_inputs(
         kind = (config.num_hidden_layers, B, config.num_key_value_heads, config.head_dim)
         require(found == kind, f"cache: must be {kind} (layers, batch, heads, size), is {found}")
         S = S if cache.slots is None else cache.max_length
-    good = position_ids is None or integers(position_ids, (B, T), (1, T))
-    require(good, f"position_ids: must be integers of shape {(B, T)}")
-    good = attention_mask is None or integers(attention_mask, (B, S))
-    require(good, f"attention_mask: must be 0 and 1 of shape {(B, S)}, cached tokens included")
-    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in input_ids.aminmax())
-        good = low >= 0 and high < config.vocab_size
-        require(good, f"input_ids: must be from 0 to {config.vocab_size - 1}, got {low} to {high}")
-        if attention_mask is not None:
-            real = attention_mask.bool()
-            require(real.eq(attention_mask).all(), "attention_mask: must be 0 and 1")
-            runs = (F.pad(real, (1, 0)).int().diff(dim=1) == 1).sum(dim=1)
-            good = (runs <= 1).all() and (cache or runs.all())  # a chunk may be one row's padding
-            require(good, "attention_mask: must have one unbroken run of 1 in each row")
+    fits("position_ids", position_ids, (B, T), (1, T))
+    kinds = (torch.int64, torch.int32, torch.bool)
+    fits("attention_mask, cached tokens included", attention_mask, (B, S), kinds=kinds)
+
+
+def check_values(
+    config: GraniteMoeConfig, input_ids: Tensor, attention_mask: Tensor | None, begins: bool
+) -> None:
+    """Raises ValueError for ids and masks that mean nothing. On the CPU only, where looking is
+    free; elsewhere it would wait for the device at every step."""
+    low, high = (int(x) for x in input_ids.aminmax())
+    good = low >= 0 and high < config.vocab_size
+    require(good, f"input_ids: must be from 0 to {config.vocab_size - 1}, got {low} to {high}")
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        require(real.eq(attention_mask).all(), "attention_mask: must be 0 and 1")
+        runs = (F.pad(real, (1, 0)).int().diff(dim=1) == 1).sum(dim=1)
+        good = (runs <= 1).all() and (runs.all() or not begins)  # a chunk may be all padding
+        require(good, "attention_mask: must have one unbroken run of 1 in each row")
 
 
 class GraniteMoeModel(nn.Module):
@@ -632,20 +639,20 @@ class GraniteMoeModel(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """ids (B, T) to hidden states (B, T, D) and each layer's router logits (N, E)."""
-        check_inputs(self.config, input_ids, attention_mask, position_ids, cache)
+        check_shapes(self.config, input_ids, attention_mask, position_ids, cache)
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_values(self.config, input_ids, attention_mask, begins=cache is None)
         T, start = input_ids.shape[1], cache.length if cache else 0
-        slots = torch.arange(start, start + T, device=input_ids.device)
-        at, S = start, start + T
-        if cache and cache.slots is not None:
-            slots, at, S = cache.slots, cache.slots, cache.max_length
-        x = self.embed_tokens(input_ids) * self.config.embedding_multiplier
-        rope = rope_tables(
-            slots[None] if position_ids is None else position_ids, self.config, x.dtype
-        )
-        plain = attention_mask is None and at is start
-        mask = None if plain else visible(slots, S, attention_mask)
-        router_logits = []
+        slots, at = torch.arange(start, start + T, device=input_ids.device), start
+        if fixed := cache is not None and cache.slots is not None:
+            slots = at = cache.slots
+        x = self.embed_tokens(input_ids) * self.config.embedding_multiplier  # (B, T, D)
+        positions = slots[None] if position_ids is None else position_ids
+        rope, mask = rope_tables(positions, self.config, x.dtype), None
+        if fixed or attention_mask is not None:
+            mask = visible(slots, cache.max_length if fixed else start + T, attention_mask)
         run = self.token_step if T == 1 else DecoderLayer.__call__
+        router_logits = []
         for i, layer in enumerate(self.layers):
             past = (cache.keys[i], cache.values[i], at) if cache else None
             x, logits = run(layer, x, rope, mask, past)
@@ -719,11 +726,9 @@ class GraniteMoeForCausalLM(nn.Module):
         if labels is not None:
             shifted = output.logits[:, :-1].float().flatten(0, 1)
             output.loss = F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
-        if (
-            self.config.output_router_logits
-            if output_router_logits is None
-            else output_router_logits
-        ):
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if output_router_logits:
             output.router_logits = router_logits
             real = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
             top_k = self.config.num_experts_per_tok
