@@ -585,15 +585,15 @@ class TextStream:
         text = self.decode(self.ids)
         if text.endswith("\ufffd"):  # a character whose other bytes may still come
             return ""
-        self.ids = []
-        self.text += text
+        self.ids, self.text = [], self.text + text
         found = [at for stop in self.stops if (at := self.text.find(stop)) >= 0]
         if found:
-            self.stopped, self.text = True, self.text[: min(found)]
-        sizes = [n for stop in self.stops for n in range(1, len(stop))]
-        keep = max([n for n in sizes if self.text.endswith(tuple(s[:n] for s in self.stops))] + [0])
-        keep = 0 if found else keep
-        text, self.text = self.text[: len(self.text) - keep], self.text[len(self.text) - keep :]
+            self.stopped = True
+            return self.text[: min(found)]
+        starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        held = max((len(start) for start in starts if self.text.endswith(start)), default=0)
+        whole = len(self.text) - held
+        text, self.text = self.text[:whole], self.text[whole:]
         return text
 
     def finish(self) -> str:
@@ -723,6 +723,13 @@ def read_prompt(prompt: str) -> str:
     return decode_prompt(sys.stdin.buffer.read())
 
 
+def parse_ids(prompt: str) -> list[int]:
+    words = prompt.replace(",", " ").split()
+    good = all(re.fullmatch(r"[0-9]{1,9}", word) for word in words)
+    require(good, "--raw-ids: PROMPT must be integers from 0")
+    return [int(word) for word in words]
+
+
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA, else MPS, else the CPU. Raises ValueError for what this machine lacks."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -739,8 +746,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description="Continue text with a GraniteMoe model.")
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="texts to continue, as one batch; - is stdin")
     add("--model", default=TINY, help="folder or hub id (default: tiny/)")
@@ -757,9 +763,15 @@ def parse_args() -> argparse.Namespace:
     add("--raw-ids", action="store_true", help="prompts and output are token ids")
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:N")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's")
-    add("--attention", choices=("eager", "sdpa", "flash"), default="sdpa")
-    add("--experts", choices=("auto", "loop", "batched"), default="auto")
+    add("--attention", choices=granitemoe.ATTENTION, default="sdpa", help="(default: sdpa)")
+    add("--experts", choices=("auto", *granitemoe.EXPERTS), default="auto", help="(default: auto)")
     add("--compile", action="store_true", help="compile first, then decode faster")
+
+
+def parse_args() -> argparse.Namespace:
+    """The command's arguments, all of them checked; `sampling`: those that generate takes."""
+    parser = Parser(description="Continue text with a GraniteMoe model.")
+    add_options(parser)
     args = parser.parse_args()
     try:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -773,16 +785,28 @@ def parse_args() -> argparse.Namespace:
         require(good, "--stop: must be a text that is not empty, and not with --raw-ids")
         args.prompts = [read_prompt(prompt) for prompt in args.prompts]
         if args.raw_ids:
-            words = [prompt.replace(",", " ").split() for prompt in args.prompts or ["0"]]
-            good = all(re.fullmatch(r"\d{1,9}", word) for ids in words for word in ids)
-            require(good, "--raw-ids: PROMPT must be integers from 0")
-            args.ids = [[int(word) for word in ids] for ids in words]
+            args.ids = [parse_ids(prompt) for prompt in args.prompts or ["0"]]
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def decoder(tokenizer: "Tokenizer | None") -> Callable[[list[int]], str]:
+    """Ids to text, or to their numbers without a tokenizer. A padded vocabulary has ids without a
+    token, which show as U+FFFD."""
+
+    def decode(ids: list[int]) -> str:
+        runs = itertools.groupby(ids, lambda i: tokenizer.id_to_token(i) is not None)
+        texts = (
+            tokenizer.decode([*run]) if known else "\ufffd" * len([*run]) for known, run in runs
+        )
+        return "".join(texts)
+
+    return decode if tokenizer else lambda ids: "".join(f" {i}" for i in ids)
+
+
+def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokenizer | None"]:
+    """Load what the command asks for, and say what it is and how it runs."""
     began = time.perf_counter()
 
     def progress(done: int, of: int) -> None:
@@ -793,27 +817,23 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = None if args.raw_ids else load_tokenizer(folder)
     how = {"attention_backend": args.attention, "experts_backend": args.experts}
     model = load_model(folder, device=args.device, dtype=args.dtype, **how, progress=progress)
+    loaded = time.perf_counter() - began
+    if args.compile:
+        note(f"[compiled in {compile_layers(model, max(1, len(args.prompts))):.1f} s]")
+    args.sampling["graph"] = args.compile and args.device.type == "cuda"
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     total, active = (model.num_parameters(active=a) / 1e6 for a in (False, True))
-    if args.compile:
-        seconds = compile_layers(model, max(1, len(args.prompts)))
-        note(f"[compiled in {seconds:.1f} s]")
-    args.sampling["graph"] = args.compile and args.device.type == "cuda"
-    loaded = time.perf_counter() - began
     experts = granitemoe.pick_experts(model.config.experts_backend, args.device)
     note(
         f"[{total:.1f} M parameters, {active:.1f} M active; {args.device}, {dtype}, "
         f"{args.attention}, experts {experts}; loaded in {loaded:.2f} s]"
     )
+    return model, tokenizer
 
-    def decode(ids: list[int]) -> str:
-        if tokenizer is None:
-            return "".join(f" {i}" for i in ids)
-        runs = itertools.groupby(ids, lambda i: tokenizer.id_to_token(i) is not None)
-        return "".join(  # a padded vocabulary has ids without a token
-            tokenizer.decode([*run]) if known else "\ufffd" * len([*run]) for known, run in runs
-        )
 
+def run(args: argparse.Namespace) -> None:
+    model, tokenizer = open_model(args)
+    decode = decoder(tokenizer)
     if args.raw_ids:
         stream(model, args.ids, [" ".join(map(str, ids)) for ids in args.ids], decode, args)
     elif not args.chat:

@@ -571,6 +571,7 @@ def visible(slots: Tensor, S: int, attention_mask: Tensor | None) -> Tensor:
 
 def check_shapes(
     config: GraniteMoeConfig,
+    dtype: torch.dtype,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
@@ -578,28 +579,25 @@ def check_shapes(
 ) -> None:
     """Raises ValueError for inputs that do not fit each other, the model or the cache."""
 
-    def fits(
-        name: str, x: Tensor | None, *shapes: tuple, kinds: tuple = (torch.int64, torch.int32)
-    ):
+    def fits(name: str, x: Tensor | None, *shapes: tuple, boolean: bool = False) -> None:
+        kinds = (torch.int64, torch.int32) + (torch.bool,) * boolean
         good = x is None or (isinstance(x, Tensor) and x.dtype in kinds and x.shape in shapes)
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        require(good, f"{name}: must be integers of shape {tuple(shapes[0])}, got {found}")
+        require(good, f"{name}: must be integers of shape {shapes[0]}, got {found}")
 
-    shape = input_ids.shape if isinstance(input_ids, Tensor) else ("batch", "tokens")
-    fits(
-        "input_ids", input_ids, shape if len(shape) == 2 and 0 not in shape else ("batch", "tokens")
-    )
+    shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else ()
+    fits("input_ids", input_ids, shape if len(shape) == 2 and 0 not in shape else ("B", "T"))
     B, T = shape
     S = T + (cache.length if cache else 0)
     if cache:
         require(cache.max_length >= S, f"cache: {S} tokens do not fit in {cache.max_length}")
-        found = (*cache.keys.shape[:3], cache.keys.shape[4])
-        kind = (config.num_hidden_layers, B, config.num_key_value_heads, config.head_dim)
-        require(found == kind, f"cache: must be {kind} (layers, batch, heads, size), is {found}")
+        found = (*cache.keys.shape[:3], cache.keys.shape[4], cache.keys.dtype)
+        kind = (config.num_hidden_layers, B, config.num_key_value_heads, config.head_dim, dtype)
+        names = "(layers, batch, heads, head_dim, dtype)"
+        require(found == kind, f"cache: {names} must be {kind}, is {found}")
         S = S if cache.slots is None else cache.max_length
     fits("position_ids", position_ids, (B, T), (1, T))
-    kinds = (torch.int64, torch.int32, torch.bool)
-    fits("attention_mask, cached tokens included", attention_mask, (B, S), kinds=kinds)
+    fits("attention_mask, cached tokens included", attention_mask, (B, S), boolean=True)
 
 
 def check_values(
@@ -639,7 +637,8 @@ class GraniteMoeModel(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """ids (B, T) to hidden states (B, T, D) and each layer's router logits (N, E)."""
-        check_shapes(self.config, input_ids, attention_mask, position_ids, cache)
+        dtype = self.embed_tokens.weight.dtype
+        check_shapes(self.config, dtype, input_ids, attention_mask, position_ids, cache)
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             check_values(self.config, input_ids, attention_mask, begins=cache is None)
         T, start = input_ids.shape[1], cache.length if cache else 0
@@ -648,7 +647,7 @@ class GraniteMoeModel(nn.Module):
             slots = at = cache.slots
         x = self.embed_tokens(input_ids) * self.config.embedding_multiplier  # (B, T, D)
         positions = slots[None] if position_ids is None else position_ids
-        rope, mask = rope_tables(positions, self.config, x.dtype), None
+        rope, mask = rope_tables(positions, self.config, dtype), None
         if fixed or attention_mask is not None:
             mask = visible(slots, cache.max_length if fixed else start + T, attention_mask)
         run = self.token_step if T == 1 else DecoderLayer.__call__
