@@ -805,6 +805,22 @@ def decoder(tokenizer: "Tokenizer | None") -> Callable[[list[int]], str]:
     return decode if tokenizer else lambda ids: "".join(f" {i}" for i in ids)
 
 
+@contextmanager
+def panics_silenced() -> Iterator[None]:
+    """A panic inside tokenizers prints a page by itself before we can say it in a line."""
+    if sys.stderr is None:
+        yield
+        return
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
 def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokenizer | None"]:
     """Load what the command asks for, and say what it is and how it runs."""
     began = time.perf_counter()
@@ -814,7 +830,8 @@ def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokeni
             note(f"\rloading: {done} of {of} tensors", "\n" if done == of else "")
 
     folder = find_folder(args.model)
-    tokenizer = None if args.raw_ids else load_tokenizer(folder)
+    with panics_silenced():
+        tokenizer = None if args.raw_ids else load_tokenizer(folder)
     how = {"attention_backend": args.attention, "experts_backend": args.experts}
     model = load_model(folder, device=args.device, dtype=args.dtype, **how, progress=progress)
     loaded = time.perf_counter() - began

@@ -90,10 +90,11 @@ def parse_json(raw: bytes, max_bytes: int = 2**20) -> dict:
     """A JSON object, strictly: no duplicate keys, no NaN, at most `max_bytes`; else ValueError."""
 
     def unique(pairs: list) -> dict:
-        keys = [key for key, _ in pairs]
-        twice = [key for key in dict(pairs) if len(keys) > len(set(keys)) and keys.count(key) > 1]
-        require(not twice, f"duplicate key {twice[:1]!a:.60}")
-        return dict(pairs)
+        data = {}
+        for key, value in pairs:
+            require(key not in data, f"duplicate key {key!a:.60}")
+            data[key] = value
+        return data
 
     def refuse(literal: str) -> None:
         raise ValueError(f"{literal} is not JSON")
