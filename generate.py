@@ -226,9 +226,9 @@ def load_model(
         model = GraniteMoeForCausalLM(config)
     names = match_tensors(folder, stored, model)
     dtype = dtype or config.dtype or ON_DISK[stored[names["model.embed_tokens.weight"]][1]]
-    if isinstance(dtype, str):
-        require(dtype in DTYPES, f"dtype: must be one of {list(DTYPES)}, got {dtype!a:.40}")
-        dtype = DTYPES[dtype]
+    known = dtype in DTYPES or dtype in DTYPES.values()
+    require(known, f"dtype: must be one of {list(DTYPES)}, got {dtype!a:.40}")
+    dtype = DTYPES.get(dtype, dtype)
     weights: dict[str, Tensor] = {}
     for name, tensor in read_tensors(stored, names, dtype, device):
         weights[name] = tensor
@@ -742,7 +742,8 @@ def pick_device(name: str) -> torch.device:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, like every other error, and not the whole usage."""
-        note(f"generate.py: error: {message!s:.160} (see --help)")
+        plain = message.encode("unicode_escape").decode()  # it may echo what was typed
+        note(f"generate.py: error: {plain:.160} (see --help)")
         sys.exit(2)
 
 

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 Mask = Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: all that came before
 Past = tuple[Tensor, Tensor, int | Tensor]  # a layer's cached keys and values; where to write next
 
-POSITIVE = (1e-30, 1e30)
+POSITIVE = (1e-18, 1e18)  # below 2^63, which a JSON integer may pass and a tensor may not
 LIMITS = {  # field: lowest and highest value; integers for a field that is one
     "vocab_size": (1, 2**24),
     "hidden_size": (2, 2**20),
@@ -66,7 +66,7 @@ LIMITS = {  # field: lowest and highest value; integers for a field that is one
     "attention_multiplier": POSITIVE,
     "residual_multiplier": POSITIVE,
     "logits_scaling": POSITIVE,
-    "router_aux_loss_coef": (0.0, 1e30),
+    "router_aux_loss_coef": (0.0, 1e18),
     "attention_dropout": (0.0, 1.0),
     "initializer_range": POSITIVE,
 }

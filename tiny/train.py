@@ -272,7 +272,7 @@ def save(model: GraniteMoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: tiny/)")
-    parser.add_argument("--tokens", type=float, default=24e6, help="how many tokens to see")
+    parser.add_argument("--tokens", type=float, default=18e6, help="how many tokens to see")
     parser.add_argument("--aux-coef", type=float, default=0.02)
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     parser.add_argument("--dense", action="store_true", help="one expert of the active width")
