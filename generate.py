@@ -363,6 +363,32 @@ def next_ids(
     return torch.where(finite, new, -1)
 
 
+def uniform_rows(seeds: list[int | None], device: torch.device) -> Callable[[], Tensor]:
+    """A function that draws a number from 0 to 1 for each row (B, 1), from generators of their own:
+    so a row does not depend on its neighbours, nor the caller's random state on us."""
+    generators = [torch.Generator() for _ in seeds]
+    for generator, seed in zip(generators, seeds, strict=True):
+        generator.seed() if seed is None else generator.manual_seed(seed)
+
+    def draw() -> Tensor:
+        rows = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
+        return torch.stack(rows).to(device)
+
+    return draw
+
+
+def check_prompts(prompts: list[list[int]], last: int, context: int) -> None:
+    """Raises ValueError unless all are lists of ids from 0 to last, no longer than the context."""
+    require(isinstance(prompts, list) and prompts, "prompts: must be a list of at least one prompt")
+    for row, ids in enumerate(prompts):
+        require(isinstance(ids, list) and ids, f"prompts[{row}]: must be a list of ids, not empty")
+        wrong = [place for place, i in enumerate(ids) if type(i) is not int or not 0 <= i <= last]
+        some = f"prompts[{row}][{wrong[0]}]: {ids[wrong[0]]!a:.40}" if wrong else ""
+        require(not wrong, f"{some} must be an integer from 0 to {last}")
+        fits = len(ids) <= context
+        require(fits, f"prompts[{row}]: has {len(ids)} tokens, the context has room for {context}")
+
+
 def generate(
     model: GraniteMoeForCausalLM,
     prompts: list[list[int]],
@@ -388,22 +414,14 @@ def generate(
     Raises ValueError for bad arguments at once, and for logits that are not finite at their step.
     """
     shape = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    limits = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
-    check_sampling(**shape, **limits, seed=seed)
+    more = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+    check_sampling(**shape, **more, seed=seed)
     held = cache.length if cache else 0
-    context = model.config.max_position_embeddings
-    context = min(context, cache.max_length) if cache else context
-    good = isinstance(prompts, list) and prompts and (cache is None or len(prompts) == 1)
-    require(good, "prompts: must be a list of at least one prompt, and of one with a cache")
-    last = model.config.vocab_size - 1
-    for row, ids in enumerate(prompts):
-        require(isinstance(ids, list) and ids, f"prompts[{row}]: must be a list of ids, not empty")
-        wrong = [place for place, i in enumerate(ids) if type(i) is not int or not 0 <= i <= last]
-        some = f"prompts[{row}][{wrong[0]}]: {ids[wrong[0]]!a:.40}" if wrong else ""
-        require(not wrong, f"{some} must be an integer from 0 to {last}")
-        size = held + len(ids)
-        require(size <= context, f"prompts[{row}]: has {size} tokens, the context is {context}")
-    room = [min(max_new_tokens, context - held - len(ids)) for ids in prompts]
+    limits = [model.config.max_position_embeddings, *([cache.max_length] if cache else [])]
+    context = min(limits) - held
+    check_prompts(prompts, model.config.vocab_size - 1, context)
+    require(cache is None or len(prompts) == 1, "prompts: must be one with a cache")
+    room = [min(max_new_tokens, context - len(ids)) for ids in prompts]
     seeds = [None if seed is None else seed + row for row in range(len(prompts))]
     eos = frozenset([eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or ())
     return _steps(model, prompts, room, shape, repetition_penalty, eos, seeds, cache, graph)
@@ -413,18 +431,22 @@ def compile_layers(model: GraniteMoeForCausalLM, batch_size: int = 1) -> float:
     """Compile the token step, one graph for all layers; returns the seconds that it took.
 
     The experts become "batched", whose fetch of weights then costs nothing. A prefill stays eager,
-    since each prompt's length would be compiled anew. Needs a C++ compiler, or Triton on CUDA.
+    since each prompt's length would be compiled anew. Needs a C++ compiler, or Triton on CUDA, and
+    raises ValueError without.
     """
     model.config.experts_backend = "batched"
     cuda = model.model.norm.weight.device.type == "cuda"
-    # Fixed shapes pay where steps are captured; on the CPU the cache's length becomes a symbol.
-    options = {"mode": "max-autotune-no-cudagraphs", "dynamic": False} if cuda else {}
+    how = {"mode": "max-autotune-no-cudagraphs"} if cuda else {}
     forward = granitemoe.DecoderLayer.forward
-    model.model.token_step = torch.compile(forward, fullgraph=True, **options)
+    model.model.token_step = torch.compile(forward, fullgraph=True, **how)
     began = time.perf_counter()
-    for size in (2, 3):  # a size that varies becomes a symbol, and prompts of a batch vary in size
-        prompts = [[0] * size, *[[0]] * (batch_size - 1)]
-        list(generate(model, prompts, size + 1, graph=cuda))
+    try:
+        for size in (2, 3):  # a size that has varied is a symbol: any length of the cache will do
+            prompts = [[0] * size, *[[0]] * (batch_size - 1)]
+            list(generate(model, prompts, size + 1, graph=cuda))
+    except RuntimeError as error:  # the compiler's own errors are of this class
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"compiling failed: {reason:.120}") from None
     return time.perf_counter() - began
 
 
@@ -512,17 +534,8 @@ def _steps(
     if max(room) < 1:
         return
     weight, B, longest = model.model.norm.weight, len(prompts), max(map(len, prompts))
-    device = weight.device
-    kind = {"device": device, "dtype": weight.dtype}
+    device, kind = weight.device, {"device": weight.device, "dtype": weight.dtype}
     cache = cache or KVCache(model.config, B, longest + max(room), **kind)
-    generators = [torch.Generator() for _ in prompts]
-    for generator, seed in zip(generators, seeds, strict=True):
-        generator.seed() if seed is None else generator.manual_seed(seed)
-
-    def draw() -> Tensor:
-        rows = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
-        return torch.stack(rows).to(device)
-
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
     for row, ids in enumerate(prompts):
         seen[row, ids] = True
@@ -530,6 +543,7 @@ def _steps(
     pads = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
     step = Steps(model, cache, pads, choose)
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    draw = uniform_rows(seeds, device)
     uniform = draw()
     for chunk in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
         new = step(chunk, uniform)
@@ -877,6 +891,8 @@ def main() -> int:
         status = 130
     except BrokenPipeError:
         status = 141
+    except ImportError as error:  # of what only some commands need
+        status, message = 1, f"{error}; run: pip install -r requirements.txt"
     except (ValueError, OSError) as error:
         status, message = 1, str(error)
     except (MemoryError, RuntimeError) as error:
