@@ -1,27 +1,20 @@
-"""What the lessons share: opening a checkpoint, showing a token, ending with one line of error."""
+"""What the lessons share. Imported first, it makes granitemoe.py and generate.py importable."""
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from generate import TINY, load_model, load_tokenizer  # noqa: E402
-from granitemoe import GraniteMoeForCausalLM  # noqa: E402
+from torch import nn  # noqa: E402
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def open_checkpoint(
-    path: str | Path = TINY, dtype: str | None = None
-) -> tuple[GraniteMoeForCausalLM, "Tokenizer"]:
-    """A checkpoint's model, on the CPU, and its tokenizer. Raises ValueError as load_model does."""
-    return load_model(path, dtype=dtype), load_tokenizer(path)
 
 
 def pieces(tokenizer: "Tokenizer", ids: list[int]) -> list[str]:
@@ -34,10 +27,25 @@ def pieces(tokenizer: "Tokenizer", ids: list[int]) -> list[str]:
     return [CONTROL.sub("\ufffd", t) if k else "\ufffd" for t, k in zip(texts, known, strict=True)]
 
 
+@contextmanager
+def watch(modules: Iterable[nn.Module]) -> Iterator[list[tuple]]:
+    """Within `with`, the list fills with (inputs, output) of each call of one of the modules.
+
+    Forward hooks do it, and go at the end: the model itself knows nothing of its observers.
+    """
+    calls: list[tuple] = []
+    note = lambda _, inputs, output: calls.append((inputs, output))  # noqa: E731
+    hooks = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def command(main: Callable[[], None]) -> None:
     """Run a lesson's main; what the user can put right ends in one line, not in a traceback."""
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()

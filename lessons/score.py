@@ -1,0 +1,82 @@
+"""How well a model predicts a text.
+
+    python lessons/score.py README.md
+    python lessons/score.py README.md --tokens | sort -n | head     what surprised it most
+
+loss        mean of -log p(token | tokens before it), in nats a token
+perplexity  e^loss: as unsure as when choosing among so many equally likely tokens
+bits/byte   all of -log2 p over the text's bytes: unlike the others, comparable between tokenizers
+
+Every token is scored once. The first one follows the model's bos token, which for Granite is the
+end of the text before, as in training.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from common import command, pieces
+from torch import Tensor
+
+from generate import TINY, load_model, load_tokenizer
+from granitemoe import GraniteMoeForCausalLM
+
+
+@torch.inference_mode()
+def log_probs(model: GraniteMoeForCausalLM, ids: list[int], context: int, stride: int) -> Tensor:
+    """log p of each of ids but the first, in nats, float32 (len(ids) - 1,).
+
+    `stride` tokens are scored at a time, from the `context` tokens before the last of them: each
+    sees at least context - stride + 1 tokens, or all where the text has fewer. A large stride is
+    cheap, a small one is fair. Raises ValueError unless 1 <= stride <= context.
+    """
+    limit = model.config.max_position_embeddings
+    if not 1 <= stride <= context <= limit:
+        raise ValueError(f"1 <= stride {stride} <= context {context} <= {limit} does not hold")
+    row = torch.tensor(ids)
+    scores = []
+    for start in range(1, len(ids), stride):
+        end = min(start + stride, len(ids))
+        window = row[max(0, end - 1 - context) : end - 1]
+        logits = model(window[None], logits_to_keep=end - start).logits[0].float()
+        scores.append(logits.log_softmax(dim=-1).gather(1, row[start:end, None])[:, 0])
+    return torch.cat(scores)
+
+
+def summarise(scores: Tensor, text_bytes: int) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of a text's log-probabilities."""
+    loss = -scores.double().mean().item()
+    bits = loss * len(scores) / math.log(2)
+    return {"loss": loss, "perplexity": math.exp(loss), "bits/byte": bits / text_bytes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Score a text.")
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="UTF-8 text")
+    add("--model", default=TINY, help="folder or hub id (default: tiny/)")
+    add("--context", type=int, metavar="N", help="default: the model's, at most 2048")
+    add("--stride", type=int, metavar="N", help="default: half the context")
+    add("--tokens", action="store_true", help="print each token's log-probability")
+    args = parser.parse_args()
+    raw = args.file.read_bytes()
+    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    ids, bos = tokenizer.encode(raw.decode()).ids, model.config.bos_token_id
+    if not ids or bos is None:
+        what = f"{args.file}: no token to score" if not ids else "the model has no bos_token_id"
+        raise ValueError(what)
+    context = min(2048, model.config.max_position_embeddings)
+    context = context if args.context is None else args.context
+    stride = max(1, context // 2) if args.stride is None else args.stride
+    scores = log_probs(model, [bos, *ids], context, stride)
+    if args.tokens:
+        for score, token in zip(scores.tolist(), pieces(tokenizer, ids), strict=True):
+            print(f"{score:9.4f}  {token!r}")
+        return
+    print(f"{len(ids)} tokens, {len(raw)} bytes; context {context}, stride {stride}")
+    print(*(f"{name} {value:.4f}" for name, value in summarise(scores, len(raw)).items()), sep="  ")
+
+
+if __name__ == "__main__":
+    command(main)

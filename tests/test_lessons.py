@@ -1,0 +1,412 @@
+"""The lessons say what is so: figures against another way to get them, pages with bad text."""
+
+import dataclasses
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, ROOT, checkpoint, write_files
+from safetensors.torch import load, save
+
+import generate
+import granitemoe
+from granitemoe import GraniteMoeConfig
+
+sys.path.insert(0, str(ROOT / "lessons"))
+
+from common import pieces  # noqa: E402
+
+from lessons import balance, ladder, routing, score, sparsity, walkthrough  # noqa: E402
+
+L, E, K = 2, 5, 3  # of the checkpoint
+TEXT = "the theory (first):\n    is in the string  # größer, 2 < 3\n"
+SCRIPTS = ("balance", "ladder", "routing", "score", "sparsity", "walkthrough")
+
+
+def random_ids(count: int) -> list[int]:
+    return torch.randint(280, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """What a lesson's command prints."""
+
+    def act(lesson, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [lesson.__name__, *map(str, arguments)])
+        lesson.main()
+        return capsys.readouterr().out
+
+    return act
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_lessons_run_as_scripts(name, tmp_path):
+    """From any folder, without installing anything: each finds granitemoe.py by itself."""
+    script = ROOT / "lessons" / f"{name}.py"
+    assert f"python lessons/{name}.py" in script.read_text(encoding="utf-8")
+    command = [sys.executable, script, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_errors_are_one_line(tmp_path):
+    command = [sys.executable, ROOT / "lessons" / "score.py", tmp_path / "no such file"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and re.fullmatch(r"score\.py: error: .*no such.*\n", done.stderr)
+
+
+# ---------------------------------------------------------------- routing.py
+
+
+def test_record_is_what_the_routers_chose(model):
+    """Guards against a hook on the wrong layer, a lost token, and hooks that stay behind."""
+    ids = random_ids(23)
+    found = routing.record(model, ids)
+    with torch.no_grad():
+        output = model(torch.tensor([ids]), output_router_logits=True)
+    for i, logits in enumerate(output.router_logits):
+        top = logits.softmax(dim=-1).topk(K)
+        assert torch.equal(found.expert_ids[i], top.indices)
+        expected = top.values / top.values.sum(dim=-1, keepdim=True)
+        torch.testing.assert_close(found.weights[i], expected)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_counts_sum_to_n_times_k(model):
+    found = routing.record(model, random_ids(40))
+    assert found.counts.shape == (L, E)
+    assert found.counts.sum(dim=1).tolist() == [40 * K] * L
+    assert found.counts[1, 3] == sum(e == 3 for row in found.expert_ids[1].tolist() for e in row)
+
+
+def test_balance_by_hand():
+    even, one, half = [5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]
+    peak, entropy = routing.balance(torch.tensor([even, one, half]))
+    assert peak.tolist() == [1, 4, 2]
+    torch.testing.assert_close(entropy, torch.tensor([2.0, 0.0, 1.0]))
+
+
+def test_routing_in_a_terminal(monkeypatch, run, folder, model):
+    """Each token with its choices, and the text on the colours of the layer that was asked for."""
+    arguments = (TEXT, "--model", folder, "--max-new-tokens", 5, "--layer", 1)
+    plain = run(routing, *arguments)
+    ids = generate.load_tokenizer(folder).encode(TEXT).ids
+    found = routing.record(model, ids)
+    choices = re.findall(r"^  '.*?((?:  +\d+ [01]\.\d\d)+)$", plain, re.MULTILINE)
+    assert len(choices) >= len(ids) + 1 and "\x1b" not in plain and "max/mean" in plain
+    for n, choice in enumerate(choices[: len(ids)]):
+        assert [int(e) for e in choice.split()[::2]] == found.expert_ids[1, n].tolist()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    text = run(routing, *arguments).split("▸")[1].split("\n\n")[-1]
+    codes = routing.palette(E)
+    painted = [int(code) for code in re.findall(r"48;5;(\d+)m", text)]
+    assert painted == [codes[e] for e in found.expert_ids[1, :, 0].tolist()]
+    assert len(set(codes)) == E
+    with pytest.raises(ValueError, match="--layer"):
+        run(routing, *arguments, "--layer", L)
+
+
+def test_a_token_cannot_steer_the_terminal(folder):
+    tokenizer = generate.load_tokenizer(folder)
+    ids = tokenizer.encode("\x1b[2J\x07\r").ids
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", "".join(pieces(tokenizer, ids)))
+    assert pieces(tokenizer, [0, 299]) == ["<|end_of_text|>", "\ufffd"]
+
+
+# ---------------------------------------------------------------- routing.html
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", "</script>", "<!--", "]]>", "{{data}}", "\\u003c", "a\nb", "\n",
+    "<img src=x onerror=alert(1)>", '"', "'", "&amp;", "\u2028", "\ufffd", " ", "\\1",
+]  # fmt: skip
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--hide-scrollbars", "--window-size=1200,800",
+]  # fmt: skip
+CONTRASTS = """
+const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+const style = getComputedStyle;
+function seen(colours) {  // what layers of colour, the lowest first, make of a pixel: its luminance
+  for (const colour of colours) { brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1); }
+  const [r, g, b] = [...brush.getImageData(0, 0, 1, 1).data].map((c) => c / 255)
+    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+}
+const found = [...document.querySelectorAll("main *")].filter((node) =>
+  [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())).map((node) => {
+  const grounds = [];
+  for (let at = node; at; at = at.parentElement) grounds.unshift(style(at).backgroundColor);
+  const below = seen(grounds), above = seen([...grounds, style(node).color]);
+  return { text: node.textContent, contrast: Math.max(below, above) / Math.min(below, above) };
+});
+const page = seen([style(document.body).backgroundColor]);
+document.body.textContent = JSON.stringify({ page, found });
+"""
+
+
+def make_page(tokens: list[str], experts: int = 7) -> str:
+    N = len(tokens)
+    rng = torch.Generator().manual_seed(0)
+    weights, expert_ids = torch.rand(2, N, experts, generator=rng).softmax(dim=-1).topk(3)
+    counts = torch.stack([layer.flatten().bincount(minlength=experts) for layer in expert_ids])
+    found = routing.Routing(weights, expert_ids, counts, *routing.balance(counts))
+    return routing.page(tokens[0], tokens, 4, found, 1)
+
+
+def browse(folder: Path, page: str, *flags: str) -> str:
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    profile, address = f"--user-data-dir={folder / 'profile'}", (folder / "page.html").as_uri()
+    command = [BROWSER, *QUIET, profile, *flags, address]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_page_escapes_what_tokens_hold():
+    """A prompt, or a model, must not be able to put markup or code into the page: no token can
+    close the element that holds the data, and the page's code sets text only."""
+    template = routing.TEMPLATE.read_text(encoding="utf-8")
+    head, tail = template.split("{{data}}")
+    raw = make_page(HOSTILE).removeprefix(head).removesuffix(tail)
+    assert "<" not in raw and json.loads(raw)["tokens"] == HOSTILE
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval", template)
+
+
+def test_page_needs_no_network():
+    """No address in the page, and a policy that forbids the browser to fetch anything."""
+    template = routing.TEMPLATE.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|url\(|@import|src=|href=|-src [^\";]*[*:]", template)
+    assert """content="default-src 'none'; style-src 'unsafe-inline'; script""" in template
+
+
+@in_browser
+def test_page_in_a_browser(run, folder, tmp_path):
+    """It follows the pointer and the layer selector, and shows each token as text however bad."""
+    arguments = (TEXT, "--model", folder, "--max-new-tokens", 5, "--html", tmp_path / "made.html")
+    assert f"{L} layers" in run(routing, *arguments)
+    page = (tmp_path / "made.html").read_text(encoding="utf-8")
+    hover = "spans[0].onpointerenter(); $('layer').selectedIndex = 1; $('layer').onchange()"
+    acted = page.replace("</body>", f"<script>{hover}</script></body>")
+    shown = browse(tmp_path, acted, "--dump-dom")
+    limit = f"{math.log2(E):.2f} bits"
+    assert re.search(rf'id="figures">max/mean load [\d.]+, entropy [\d.]+ of {limit}<', shown)
+    assert len(re.findall(r'class="chip"', shown)) == E + L  # the legend, and one for each layer
+    assert re.search(r'id="place">Token 1 of \d+, prompt, layer 1<', shown)
+    weights = re.findall(r"<span[^>]*>([01]\.\d\d)</span>", shown)
+    assert len(weights) == K and sum(map(float, weights)) == pytest.approx(1, abs=0.02)
+    bad = browse(tmp_path, make_page(HOSTILE), "--dump-dom")
+    tokens = re.findall(r'<span class="t[ "][^>]*>(.*?)</span>', bad, re.DOTALL)
+    assert list(map(html.unescape, tokens)) == [t.replace("\n", "↵\n") for t in HOSTILE]
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", (0, 1), ids=("dark", "light"))
+def test_text_is_readable(scheme, tmp_path):
+    """Dark on light or light on dark as the reader prefers, and each text has a contrast of 4.5 or
+    more to all that it stands on, in colours that the browser computed."""
+    page = make_page([f"t{n}" for n in range(90)], experts=40)
+    page = page.replace("</body>", f"<script>{{{CONTRASTS}}}</script></body>")
+    shown = browse(tmp_path, page, f"--blink-settings=preferredColorScheme={scheme}", "--dump-dom")
+    seen = json.loads(re.search(r"<body>(.*)</body>", shown, re.DOTALL)[1])
+    assert (seen["page"] > 0.5) == (scheme == 1) and len(seen["found"]) > 200
+    assert [each for each in seen["found"] if each["contrast"] < 4.5] == []
+
+
+# ---------------------------------------------------------------- score.py
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    files = write_files(tmp_path_factory.mktemp("theirs"), checkpoint())
+    load = transformers.GraniteMoeForCausalLM.from_pretrained
+    return load(files, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("context, stride", [(64, 32), (64, 64), (20, 7), (9, 1), (1, 1)])
+def test_scores_equal_transformers(model, theirs, context, stride):
+    """Each token by itself, from the window that the definition gives it. Guards against a token
+    scored twice or not at all, by the wrong position's logits, or with too little context."""
+    ids = random_ids(150)
+    expected = []
+    for t in range(1, len(ids)):
+        last = min(t + stride - 1 - (t - 1) % stride, len(ids) - 1)  # of the tokens scored with t
+        first = max(0, last - context)
+        assert t - first >= min(t, context - stride + 1)
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids[first:t]])).logits[0, -1]
+        expected.append(logits.log_softmax(dim=-1)[ids[t]])
+    ours = score.log_probs(model, ids, context, stride)
+    torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_scores_by_hand():
+    """A model that takes every byte value for equally likely needs 8 bits a byte."""
+    figures = score.summarise(torch.full((10,), -math.log(256)), 10)
+    assert figures == pytest.approx({"loss": math.log(256), "perplexity": 256, "bits/byte": 8})
+
+
+def test_score_command(run, folder, model, tmp_path):
+    text, file = TEXT * 5, tmp_path / "text.py"
+    file.write_text(text, encoding="utf-8")
+    ids = generate.load_tokenizer(folder).encode(text).ids
+    printed = run(score, file, "--model", folder)
+    scores = score.log_probs(model, [0, *ids], 64, 32)  # after the bos token: none is left out
+    expected = -scores.sum().item() / math.log(2) / len(text.encode())
+    assert printed.startswith(f"{len(ids)} tokens, {len(text.encode())} bytes;")
+    assert f"bits/byte {expected:.4f}" in printed
+    lines = run(score, file, "--model", folder, "--tokens").splitlines()
+    assert [float(line.split()[0]) for line in lines] == pytest.approx(scores.tolist(), abs=6e-5)
+    for bad in (("--stride", 0), ("--context", 65), ("--context", 8, "--stride", 9)):
+        with pytest.raises(ValueError, match="stride"):
+            run(score, file, "--model", folder, *bad)
+
+
+# ---------------------------------------------------------------- sparsity.py
+
+
+def test_sparsity_of_the_released_sizes(run, folder):
+    """Total and active as the checkpoints have them, and the names as the active ones round."""
+    for name, total, active in (("1b-a400m", 1334628352, 0.429), ("3b-a800m", 3298793472, 0.883)):
+        n = sparsity.count(GraniteMoeConfig.from_dict(sparsity.RELEASED[name]))
+        assert n["total"] == total and n["active"] / 1e9 == pytest.approx(active, abs=5e-4)
+        assert name.endswith(f"-a{round(n['inside'] / 1e8)}00m")
+        assert n["bytes"] == 2 * n["active"] and n["dense_bytes"] == 2 * total
+    rows = run(sparsity, folder).splitlines()
+    assert [row.split()[1] for row in rows[2:]] == ["1b-a400m", "3b-a800m", folder.name]
+    assert "857.3 MB" in rows[2] and "3.7 x" in rows[3]
+
+
+def test_sparsity_counted_by_hand(model):
+    n, D, width, V = sparsity.count(model.config), 32, 24, 300
+    shared = 2 * D * D + 2 * D * D // 2 + E * D + 2 * D  # attention, router, norms of a layer
+    expert = 3 * width * D
+    assert n["inside"] == L * (shared + K * expert) + D
+    assert n["active"] == n["inside"] + V * D
+    assert n["total"] == n["active"] + L * (E - K) * expert
+    untied = sparsity.count(dataclasses.replace(model.config, tie_word_embeddings=False))
+    assert untied["inside"] == n["inside"] and untied["bytes"] == n["bytes"]
+
+
+# ---------------------------------------------------------------- walkthrough.py
+
+
+def test_walk_adds_up(model):
+    """Each layer's numbers explain its output, and they are those of the model's own forward."""
+    ids, m = random_ids(12), CONFIG["residual_multiplier"]
+    steps, logits = walkthrough.follow(model, ids)
+    with torch.no_grad():
+        output = model(torch.tensor([ids]), output_router_logits=True)
+    torch.testing.assert_close(logits, output.logits[0, -1])
+    before = model.model.embed_tokens.weight[ids[-1]] * CONFIG["embedding_multiplier"]
+    assert len(steps) == L
+    for i, step in enumerate(steps):
+        torch.testing.assert_close(step["before"], before.detach())
+        after = before + m * step["attention"] + m * step["experts"]
+        torch.testing.assert_close(step["after"], after.detach())
+        torch.testing.assert_close(step["logits"], output.router_logits[i][-1])
+        torch.testing.assert_close(step["shares"].sum(), torch.tensor(1.0))
+        assert step["weights"].sum().item() == pytest.approx(1)
+        assert step["chosen"].tolist() == step["logits"].topk(K).indices.tolist()
+        before = step["after"]
+
+
+def test_share_is_the_weight_where_experts_agree(tmp_path):
+    """When all experts are the same one, what each gives is its weight."""
+    files = checkpoint()
+    tensors = load(files["model.safetensors"])
+    for name, tensor in tensors.items():
+        if tensor.dim() == 3:
+            tensors[name] = tensor[:1].repeat(E, 1, 1)
+    same = write_files(tmp_path / "same", {**files, "model.safetensors": save(tensors)})
+    for step in walkthrough.follow(generate.load_model(same), random_ids(9))[0]:
+        torch.testing.assert_close(step["shares"], step["weights"])
+
+
+def test_walk_is_printed(run, folder):
+    printed = run(walkthrough, TEXT, "--model", folder)
+    assert printed.count("\nLayer ") == L and printed.count("%  '") == 5
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+# ---------------------------------------------------------------- balance.py and ladder.py
+
+
+LOG = "tokens,train_loss,held_out_loss,aux_loss,max_share,min_share\n"
+
+
+def test_balance_draws_each_run(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    logs = {"on": (0.3, 0.1), "off": (0.9, 0.0), "dense": (1, 1)}
+    for name, (most, least) in logs.items():
+        rows = f"100,6.9,5.0,2.3,{most},{least}\n200,4.6,4.6,2.1,{most},{least}\n"
+        (tmp_path / name).write_text(LOG + rows)
+    out, pairs = tmp_path / "balance.svg", [f"{name}={tmp_path / name}" for name in logs]
+    printed = run(balance, *pairs, "--out", out)
+    assert "off: after 200 tokens loss 4.600, largest share 90.0%, smallest 0.0%" in printed
+    assert out.read_text(encoding="utf-8").count("clip-path=") == 3 + 2 + 2  # lines of three panels
+    assert "off: after 100 tokens" in run(balance, *pairs, "--out", out, "--tokens", 150)
+    (tmp_path / "on").write_text(LOG + "100,1,2\n")
+    with pytest.raises(ValueError, match="not a training log"):
+        run(balance, *pairs, "--out", out)
+
+
+def test_balance_says_what_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        balance.draw({}, tmp_path / "balance.svg")
+
+
+SMALL = {"E": 6, "K": 2, "D": 16, "F": 8}
+
+
+def test_the_ladder_counts():
+    """What tells the forms apart: products, waits for values, and memory for fetched experts."""
+    inputs = ladder.make_inputs(40, SMALL, torch.float32)
+    forms = [getattr(granitemoe, name) for name in ladder.FORMS]
+    loop, grouped, gathered = (ladder.count(form, inputs) for form in forms)
+    assert loop[0] >= 2 * SMALL["E"] and grouped[0] <= 3 and gathered[0] <= 3
+    assert loop[1] >= 1 and grouped[1] == gathered[1] == 0
+    fetched = SMALL["K"] * 2 * SMALL["F"] * SMALL["D"] * 4  # bytes of a token's gate|up matrices
+    assert gathered[2] >= fetched > grouped[2]
+
+
+def test_the_meter_sees_what_waits():
+    """Values that Python or a shape needs count; ids used as indices do not."""
+    x, mask, ids = torch.randn(6, 3), torch.tensor([True, False] * 3), torch.tensor([0, 2])
+    for act in (
+        lambda x: x[mask], lambda x: torch.where(x > 0), lambda x: x[0, 0].item(),
+        lambda x: ids.unique(), lambda x: ids.tolist(), lambda x: bool(mask.all()),
+    ):  # fmt: skip
+        assert ladder.count(act, (x,))[1] == 1
+    for act in (lambda x: x[ids], lambda x: x @ x.T, lambda x: x.sort(), lambda x: x.topk(2)):
+        assert ladder.count(act, (x,))[1] == 0
+
+
+def test_the_meter_measures_memory():
+    """What lives at once counts together, what follows in turn does not, and views are free."""
+    x = torch.zeros(4, 256)  # 1 kB a row
+    assert ladder.count(lambda x: (x + 1) + 1, (x,))[2] == 2048
+    assert ladder.count(lambda x: [x + 1 for _ in range(5)] and None, (x,))[2] == 5 * 1024
+    assert ladder.count(lambda x: [(x + 1).sum() for _ in range(5)], (x,))[2] <= 1024 + 5
+    assert ladder.count(lambda x: x.view(2, 512)[:1].T, (x,))[2] == 0
+
+
+def test_ladder_table(monkeypatch):
+    monkeypatch.setattr(ladder, "TOO_LARGE", 100_000)
+    rows = ladder.table(SMALL, [1, 999], torch.float32, 0.001).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0].strip("`") for row in cells[2:]] == list(ladder.FORMS)
+    assert {len(row) for row in cells} == {7} and cells[4][-1].endswith("GB)")
+    lines = ladder.count_lines("experts_grouped")
+    assert lines["sort_by_expert"] < 10 < sum(lines.values())  # its long docstring is not code
