@@ -241,6 +241,36 @@ def load_model(
     return model.eval()
 
 
+@contextmanager
+def panics_caught() -> Iterator[None]:
+    """tokenizers raises bare Exceptions, and panics beyond them: to ValueError, in one line.
+
+    A panic prints a page before it can be caught; the command, which has one thread, hides that.
+    """
+    hide = __name__ == "__main__" and sys.stderr is not None
+    if hide:
+        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 2)
+        os.close(nothing)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, OSError, ValueError):
+        raise
+    except BaseException as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"not a usable tokenizer: {reason!a:.80}") from None
+    finally:
+        if hide:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def encode(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """A text's ids; special tokens that are spelled out in it count as such."""
+    with panics_caught():
+        return tokenizer.encode(text).ids
+
+
 def load_tokenizer(path: str | Path) -> "Tokenizer":
     """The checkpoint's tokenizer: tokenizer.json, or vocab.json, merges.txt and added_tokens.json.
 
@@ -250,19 +280,13 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
 
     folder = find_folder(path)
     whole = folder / "tokenizer.json"
-    with naming(whole):
-        try:
-            if whole.exists() or not (folder / "vocab.json").exists():
-                open_file(whole).close()
-                tokenizer = Tokenizer.from_file(str(whole))
-            else:
-                tokenizer = tokenizer_from_parts(folder)
-            tokenizer.encode("a 1")  # some damage shows only in use
-        except (KeyboardInterrupt, SystemExit, OSError, ValueError):
-            raise
-        except BaseException as error:  # the library raises bare Exceptions, and panics beyond them
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"not a usable tokenizer: {reason!a:.80}") from None
+    with naming(whole), panics_caught():
+        if whole.exists() or not (folder / "vocab.json").exists():
+            open_file(whole).close()
+            tokenizer = Tokenizer.from_file(str(whole))
+        else:
+            tokenizer = tokenizer_from_parts(folder)
+        tokenizer.encode("a 1")  # some damage shows only in use
         last, size = max(tokenizer.get_vocab().values(), default=0), read_config(folder).vocab_size
         require(last < size, f"has id {last}, but vocab_size is {size} in config.json")
     return tokenizer
@@ -573,7 +597,8 @@ def chat_ids(tokenizer: "Tokenizer", messages: list[tuple[str, str]]) -> list[in
     def plain(text: str) -> list[int]:
         tokenizer.encode_special_tokens = True  # that is: as ordinary text
         try:
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            with panics_caught():
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
         finally:
             tokenizer.encode_special_tokens = False
         require(not {start, role_end, end} & {*ids}, "--chat: control tokens in the message")
@@ -820,22 +845,6 @@ def decoder(tokenizer: "Tokenizer | None") -> Callable[[list[int]], str]:
     return decode if tokenizer else lambda ids: "".join(f" {i}" for i in ids)
 
 
-@contextmanager
-def panics_silenced() -> Iterator[None]:
-    """A panic inside tokenizers prints a page by itself before we can say it in a line."""
-    if sys.stderr is None:
-        yield
-        return
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
-
-
 def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokenizer | None"]:
     """Load what the command asks for, and say what it is and how it runs."""
     began = time.perf_counter()
@@ -845,8 +854,7 @@ def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokeni
             note(f"\rloading: {done} of {of} tensors", "\n" if done == of else "")
 
     folder = find_folder(args.model)
-    with panics_silenced():
-        tokenizer = None if args.raw_ids else load_tokenizer(folder)
+    tokenizer = None if args.raw_ids else load_tokenizer(folder)
     how = {"attention_backend": args.attention, "experts_backend": args.experts}
     model = load_model(folder, device=args.device, dtype=args.dtype, **how, progress=progress)
     loaded = time.perf_counter() - began
@@ -870,7 +878,7 @@ def run(args: argparse.Namespace) -> None:
         stream(model, args.ids, [" ".join(map(str, ids)) for ids in args.ids], decode, args)
     elif not args.chat:
         texts = args.prompts or [PROMPT]
-        stream(model, [tokenizer.encode(text).ids for text in texts], texts, decode, args)
+        stream(model, [encode(tokenizer, text) for text in texts], texts, decode, args)
     elif args.prompts:
         messages = [("system", args.system)] if args.system else []
         ids = chat_ids(tokenizer, [*messages, ("user", args.prompts[0])])

@@ -218,7 +218,7 @@ def forked(act: Callable[[], int | None], seconds: int = 10, memory: int = 4 * 2
                 before = rss()
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))
+                sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
                 status = act() or 0
             except SystemExit as end:
                 status = end.code
