@@ -41,7 +41,7 @@ import granitemoe  # noqa: E402
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, load_balancing_loss  # noqa: E402
 
 VOCAB, T, B, WARMUP, ETA_MAX, A, EXPONENT = 2048, 512, 8, 100, 0.02, 4.0, -0.51
-CUTS = 0.04  # see encode
+CUTS, PROMPT_RATE = 0.04, 4e-4  # see encode and practise_prompts
 SPECIAL = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]
 CONFIG = GraniteMoeConfig(
     vocab_size=VOCAB,
@@ -131,22 +131,30 @@ def power_rate(tokens: float, total: float) -> float:
     return rate * decay * min(1.0, tokens / (WARMUP * B * T))
 
 
-def new_model(config: GraniteMoeConfig) -> tuple[GraniteMoeForCausalLM, torch.optim.Optimizer]:
-    """muP: matrices inside the layers start smaller and learn slower by the width, 192 / 256."""
+def new_model(config: GraniteMoeConfig) -> GraniteMoeForCausalLM:
+    """muP: matrices inside the layers start smaller by the root of the width, 192 / 256."""
     torch.manual_seed(0)
     model = GraniteMoeForCausalLM(config)
-    m_width = config.hidden_size / 256
-    inside = [p for n, p in model.named_parameters() if "layers" in n and p.dim() > 1]
     with torch.no_grad():
-        for p in inside:
-            p.div_(math.sqrt(m_width))
+        for p in matrices_inside(model):
+            p.div_(math.sqrt(config.hidden_size / 256))
+    return model
+
+
+def matrices_inside(model: GraniteMoeForCausalLM) -> list[torch.nn.Parameter]:
+    return [p for n, p in model.named_parameters() if "layers" in n and p.dim() > 1]
+
+
+def new_optimizer(model: GraniteMoeForCausalLM) -> torch.optim.Optimizer:
+    """muP: the same matrices learn slower by the width; norms do not decay."""
     norms = [p for p in model.parameters() if p.dim() == 1]
+    slower = 256 / model.config.hidden_size
     groups = [
         {"params": [model.model.embed_tokens.weight], "scale": 1.0, "weight_decay": 0.1},
-        {"params": inside, "scale": 1 / m_width, "weight_decay": 0.1},
+        {"params": matrices_inside(model), "scale": slower, "weight_decay": 0.1},
         {"params": norms, "scale": 1.0, "weight_decay": 0.0},
     ]
-    return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def windows(ids: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -209,8 +217,8 @@ def train(
 ) -> GraniteMoeForCausalLM:
     """Run to args.tokens, resuming from state.part; returns the trained model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, optimizer = new_model(config)
-    model.to(device)
+    model = new_model(config).to(device)
+    optimizer = new_optimizer(model)
     if args.compile:  # not what PyTorch compiles in bfloat16 only
         model.config.experts_backend = "batched"
         granitemoe.grouped_product = torch.compiler.disable(granitemoe.grouped_product)
@@ -247,7 +255,48 @@ def train(
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**parts, "generator": generator.get_state(), "step": step}, f"{state}.new")
             Path(f"{state}.new").replace(state)
-    return model.cpu()
+    return model
+
+
+def prompt_windows(texts: list[str], tokenizer: Tokenizer, rng: random.Random) -> torch.Tensor:
+    """(2 * B, T / 2) ids that begin as prompts do: at an unindented line, cut after some words."""
+    sizes, rows = list(itertools.accumulate(map(len, texts))), []
+    begin = re.compile(r"^(?=[^\s#])", re.MULTILINE)
+    while len(rows) < 2 * B:
+        (text,) = rng.choices(texts, cum_weights=sizes)
+        if line := begin.search(text, rng.randrange(len(text))):
+            words = re.split(r"(?<=\s)(?=\S)", text[line.start() : line.start() + 4 * T])
+            cut = rng.randint(1, 4)
+            pieces = tokenizer.encode_batch(["".join(words[:cut]), "".join(words[cut:])])
+            ids = [i for piece in pieces for i in piece.ids]
+            rows += [ids[: T // 2]] if len(ids) >= T // 2 else []
+    return torch.tensor(rows)
+
+
+def practise_prompts(
+    args: argparse.Namespace,
+    model: GraniteMoeForCausalLM,
+    texts: list[str],
+    tokenizer: Tokenizer,
+    ids: torch.Tensor,
+) -> None:
+    """The last stage: every second step on beginnings of prompts, the others as before.
+
+    Windows from random places hardly ever begin with "def ", and a model knows least about what has
+    no context: without this stage it goes on from "def " with more of "def".
+    """
+    optimizer, device = new_optimizer(model), model.model.norm.weight.device
+    generator, rng = torch.Generator().manual_seed(1), random.Random(1)
+    steps, losses = int(args.prompt_tokens / (B * T)), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            rate = PROMPT_RATE * min(1.0, step / 50) * 0.01 ** (step / steps)
+            group["lr"] = group["scale"] * rate
+        batch = windows(ids, T, generator) if step % 2 else prompt_windows(texts, tokenizer, rng)
+        losses.append(learn(model, optimizer, batch.to(device), args.aux_coef)[0])
+        if step % 100 == 99:
+            means = f"{np.mean(losses[-100::2]):.3f}, of windows {np.mean(losses[-99::2]):.3f}"
+            print(f"{step + 1} of {steps} steps: loss of prompts {means}", flush=True)
 
 
 def save(model: GraniteMoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -269,10 +318,35 @@ def save(model: GraniteMoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
         (out / name).write_text(json.dumps(data, indent=2) + "\n")
 
 
+def save_report(
+    args: argparse.Namespace,
+    model: GraniteMoeForCausalLM,
+    ids: torch.Tensor,
+    held: torch.Tensor,
+    held_bytes: int,
+) -> None:
+    held_loss, shares = evaluate(model, held)
+    train_loss, _ = evaluate(model, ids[: len(held)])
+    report = {
+        "tokens_seen": args.tokens + args.prompt_tokens,
+        "training_tokens": len(ids),
+        "held_out_tokens": len(held),
+        "parameters": model.num_parameters(),
+        "active_parameters": model.num_parameters(active=True),
+        "train_loss": train_loss,
+        "held_out_loss": held_loss,
+        "held_out_bits_per_byte": held_loss / math.log(2) * len(held) / held_bytes,
+        **{f"{name}_held_out_loss": loss for name, loss in baselines(ids, held).items()},
+        "expert_shares": shares,
+    }
+    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: tiny/)")
     parser.add_argument("--tokens", type=float, default=18e6, help="how many tokens to see")
+    parser.add_argument("--prompt-tokens", type=float, default=2.5e6, help="of the last stage")
     parser.add_argument("--aux-coef", type=float, default=0.02)
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     parser.add_argument("--dense", action="store_true", help="one expert of the active width")
@@ -293,22 +367,10 @@ def main() -> None:
     sizes = f"{len(ids)} training tokens, {len(held)} held out ({held_bytes} bytes)"
     print(sizes, *(f"{k} {v:.3f}" for k, v in baselines(ids, held).items()), sep="; ", flush=True)
     model = train(args, config, ids, held)
+    practise_prompts(args, model, texts, tokenizer, ids)
+    model.cpu()
     save(model, tokenizer, args.out)
-    held_loss, shares = evaluate(model, held)
-    train_loss, _ = evaluate(model, ids[: len(held)])
-    report = {
-        "tokens_seen": args.tokens,
-        "training_tokens": len(ids),
-        "held_out_tokens": len(held),
-        "parameters": model.num_parameters(),
-        "active_parameters": model.num_parameters(active=True),
-        "train_loss": train_loss,
-        "held_out_loss": held_loss,
-        "held_out_bits_per_byte": held_loss / math.log(2) * len(held) / held_bytes,
-        **{f"{name}_held_out_loss": loss for name, loss in baselines(ids, held).items()},
-        "expert_shares": shares,
-    }
-    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    save_report(args, model, ids, held, held_bytes)
     (args.out / "state.part").unlink(missing_ok=True)
 
 

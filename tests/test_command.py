@@ -1,0 +1,435 @@
+"""The command in processes of its own: what it prints, how it ends, and what cannot break it.
+
+Most cases let a scripted model speak, whose text is known to the byte: SAID after PROMPT.
+"""
+
+import contextlib
+import http.server
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import (
+    CONFIG,
+    HEAD,
+    PROMPT,
+    ROOT,
+    TESTS,
+    WEIGHTS,
+    checkpoint,
+    scripted,
+    sparse,
+    tokenizer,
+    write_files,
+)  # fmt: skip
+from safetensors.torch import load, save
+
+import generate
+
+SAID = "\x1b\x9b\tgrün😀\x07\n\ufffdZ"  # also an id without a token
+PLAIN = "\tgrün😀\n\ufffdZ"  # the same without what a terminal might obey
+NO_TOKEN = 299
+
+
+def script_ids() -> list[int]:
+    tok = tokenizer()
+    before, after = SAID.split("\ufffd")
+    return [*tok.encode(PROMPT).ids[-1:], *tok.encode(before).ids, NO_TOKEN, *tok.encode(after).ids]
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory) -> Path:
+    """A model that says SAID after PROMPT, and then its end."""
+    return write_files(tmp_path_factory.mktemp("speaker"), scripted(script_ids()))
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory) -> Path:
+    """A model that does not stop by itself for a long time."""
+    config = {**CONFIG, "max_position_embeddings": 10**6, "eos_token_id": None}
+    files = {**checkpoint(), "config.json": json.dumps(config).encode()}
+    return write_files(tmp_path_factory.mktemp("talker"), files)
+
+
+def start(*args, flags=(), **options) -> subprocess.Popen:
+    """The command, with pipes where nothing else is said."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | options
+    pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1", **options.get("env", {})}
+    line = [sys.executable, *flags, str(ROOT / "generate.py"), *map(os.fspath, args)]
+    return subprocess.Popen(line, **pipes)
+
+
+def run(*args, given: bytes = b"", **options) -> tuple[int, str, str]:
+    """Status, output and errors, without the lines of statistics."""
+    with start(*args, **options) as process:
+        out, err = process.communicate(given, timeout=120)
+    lines = (err or b"").decode().splitlines(keepends=True)
+    return process.returncode, (out or b"").decode(), "".join(x for x in lines if x[0] != "[")
+
+
+def assert_error(err: str, *words: str) -> None:
+    assert err.startswith("generate.py: error: ") and err.count("\n") == 1 and len(err) <= 201, err
+    assert all(word in err for word in words), err
+
+
+# ----------------------------------------------------------------------------------- what it prints
+
+GOOD = {  # how it is run: Python's flags, environment
+    "a pipe": ((), {}),
+    "without asserts": (("-O",), {}),
+    "warnings are errors": (("-W", "error"), {}),
+    "no UTF-8 mode, no home": (("-X", "utf8=0"), {"HOME": "/no/such", "PYTHONHASHSEED": "7"}),
+}
+
+
+@pytest.mark.parametrize("how", GOOD)
+def test_text(how, speaker, tmp_path):
+    """Bytes as the model means them, and nothing written beside them."""
+    flags, env = GOOD[how]
+    tmp_path.chmod(0o555)
+    args = ("--model", speaker, PROMPT)
+    assert run(*args, flags=flags, env=env, cwd=tmp_path) == (0, PROMPT + SAID + "\n", "")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("env", ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0",
+                                 "PYTHONCOERCECLOCALE": "0"}), ids=("ascii", "C"))  # fmt: skip
+def test_locale_that_lacks_characters(env, speaker):
+    """Replaced where they cannot be written; nothing is lost after them."""
+    status, out, err = run("--model", speaker, "-", given=PROMPT.encode(), env=env)
+    assert (status, err) == (0, "") and out.endswith("Z\n")
+    assert re.fullmatch(re.escape(ascii_form(PROMPT + SAID)) + "\n", out)
+
+
+def ascii_form(text: str) -> str:
+    return text.encode("ascii", "replace").decode()
+
+
+def test_terminal(speaker):
+    """A terminal must not obey a model: its control characters are left out there."""
+    master, slave = pty.openpty()
+    with start("--model", speaker, PROMPT, stdout=slave) as process:
+        os.close(slave)
+        out = b""
+        with contextlib.suppress(OSError):  # how the end of a terminal shows
+            while more := os.read(master, 4096):
+                out += more
+    os.close(master)
+    assert process.returncode == 0
+    assert out.decode() == (PROMPT + PLAIN + "\n").replace("\n", "\r\n")
+
+
+def test_same_seed_same_text(talker):
+    args = (
+        "--model",
+        talker,
+        "--temperature",
+        "1.5",
+        "--seed",
+        "5",
+        "--max-new-tokens",
+        "30",
+        "ab",
+    )
+    first = run(*args)
+    assert first == run(*args) and first[0] == 0 and len(first[1]) > 20
+
+
+# ------------------------------------------------------------------------------- how it is stopped
+
+
+def test_closed_pipe(talker):
+    """As in `python generate.py | head -c 5`: silent."""
+    with start("--model", talker, "--max-new-tokens", "100000", PROMPT) as process:
+        assert process.stdout.read(5) == PROMPT[:5].encode()
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 141 and "error" not in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("sent, status", ((signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)))
+def test_signal_while_streaming(sent, status, talker):
+    with start("--model", talker, "--max-new-tokens", "900000", "--raw-ids", "5 6") as process:
+        text = process.stdout.read(30)
+        process.send_signal(sent)
+        text += process.stdout.read()
+        err = process.stderr.read().decode()
+    assert process.returncode == status and "Traceback" not in err and "error" not in err
+    assert text.startswith(b"5 6 ") and len(text) >= 30
+
+
+def test_interrupt_while_loading(tmp_path):
+    """The weights are a gigabyte of holes, so that loading lasts until the signal arrives."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16}
+    folder = sparse(tmp_path / "huge", **sizes, num_local_experts=16)
+    with start("--model", folder, "--raw-ids", "1") as process:
+        fds, name = Path(f"/proc/{process.pid}/fd"), WEIGHTS
+        while process.poll() is None and not any(name in read_link(fd) for fd in fds.iterdir()):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.strip()) == (130, b"", b"")
+
+
+def read_link(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(path)
+    return ""
+
+
+def shim(folder: Path, **modules: str) -> dict[str, str]:
+    """An environment in which other modules come before the installed ones."""
+    for name, source in modules.items():
+        (folder / f"{name}.py").write_text(source)
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_interrupt_while_importing(tmp_path):
+    env = shim(tmp_path, torch="import os, time; os.write(1, b'here'); time.sleep(60)")
+    with start("x", env=env) as process:
+        assert process.stdout.read(4) == b"here"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err.strip()) == (130, b"", b"")
+
+
+@pytest.mark.parametrize("missing", ("torch", "safetensors", "tokenizers"))
+def test_missing_library(missing, speaker, tmp_path):
+    others = {"torch": "Tensor = object"} if missing == "safetensors" else {}  # importing it lasts
+    env = shim(tmp_path, **others, **{missing: f"raise ImportError('no {missing}')"})
+    status, out, err = run("--model", speaker, PROMPT, env=env)
+    assert (status, out) == (1, "")
+    assert_error(err, f"no {missing}", "pip install -r requirements.txt")
+
+
+def closing(*fds: int) -> dict:
+    return {"preexec_fn": lambda: [os.close(fd) for fd in fds], **{
+        ("stdin", "stdout", "stderr")[fd]: None for fd in fds}}  # fmt: skip
+
+
+def test_closed_output(speaker):
+    status, _, err = run("--model", speaker, PROMPT, **closing(1))
+    assert status == 1
+    assert_error(err, "standard output", "closed")
+
+
+def test_full_output(speaker):
+    with open("/dev/full", "wb") as full:
+        status, _, err = run("--model", speaker, PROMPT, stdout=full)
+    assert status == 1
+    assert_error(err, "standard output", "No space left")
+
+
+def test_closed_errors(speaker, tmp_path):
+    assert run("--model", speaker, PROMPT, **closing(2))[:2] == (0, PROMPT + SAID + "\n")
+    assert run("--model", tmp_path, PROMPT, **closing(2))[:2] == (1, "")
+
+
+def test_closed_input(speaker):
+    status, out, err = run("--model", speaker, "-", **closing(0))
+    assert (status, out) == (2, "")
+    assert_error(err, "PROMPT", "standard input")
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+def test_bad_folder(tmp_path):
+    """The message of the library, its odd name escaped; each kind is in test_checkpoints.py."""
+    folder = write_files(tmp_path / "\x1b[2J", {**checkpoint(), "config.json": b"{}"})
+    status, out, err = run("--model", folder, PROMPT)
+    assert (status, out) == (1, "")
+    assert_error(err, "config.json", "model_type", r"\x1b[2J")
+
+
+def test_tokenizer_that_fails_at_the_prompt(folder):
+    """A panic of the library is no Exception; this one shows after a load that went well."""
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    regex = {"type": "Replace", "pattern": {"Regex": "(a+)+c"}, "content": "x"}
+    (folder / "tokenizer.json").write_text(json.dumps(data | {"normalizer": regex}))
+    status, out, err = run("--model", folder, "a" * 100)
+    assert (status, out) == (1, "")
+    assert_error(err, "tokenizer")
+
+
+def test_logits_that_are_not_finite(tmp_path):
+    """Stops, says at which step, and what was said before stays."""
+    files = scripted(ids := [*script_ids()[:1], 40, 41, 42])
+    state = load(files[WEIGHTS])
+    state[HEAD][7, 2] = 3e38  # after 41, the logit of 7 overflows
+    folder = write_files(tmp_path / "model", {**files, WEIGHTS: save(state)})
+    status, out, err = run("--model", folder, "--raw-ids", f"5 {ids[0]}")
+    assert (status, out.split()) == (1, ["5", *map(str, ids[:3])])
+    assert_error(err, "logits", "finite", "step 2")
+
+
+def test_context_is_full(speaker):
+    """It stops there and says so; a longer prompt is refused."""
+    context = CONFIG["max_position_embeddings"]
+    args = ("--model", speaker, "--max-new-tokens", str(10**12), "--raw-ids")
+    with start(*args, " ".join(["5"] * (context - 2)) + f" {script_ids()[0]}") as process:
+        out, err = process.communicate()
+    assert process.returncode == 0 and len(out.split()) == context
+    assert f"the context of {context} tokens is full" in err.decode()
+
+
+def test_out_of_memory(talker):
+    """Four gigabytes are not enough for the cache of this prompt and answer."""
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import generate;"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30)); sys.exit(generate.main())"
+    )
+    config = {"max_position_embeddings": 2**31, "num_hidden_layers": 2}
+    edit = json.loads((talker / "config.json").read_text()) | config
+    (talker / "config.json").write_text(json.dumps(edit))
+    line = [sys.executable, "-c", code, str(ROOT), "--model", str(talker), "--raw-ids", "5"]
+    ran = subprocess.run([*line, "--max-new-tokens", str(2**30)], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    err = [x for x in ran.stderr.splitlines(keepends=True) if x[0] != "["]
+    assert_error("".join(err), "out of memory")
+
+
+# ------------------------------------------------------------------------------------------- usage
+
+MODEL = ["--model", "@"]  # stands for the scripted model
+USAGE = {  # what is wrong: the arguments, words of the error
+    "unknown flag": (["--bogus"], "--bogus"),
+    "no value": (["--seed"], "--seed expected"),
+    "temperature -1": (["--temperature", "-1"], "temperature"),
+    "temperature nan": (["--temperature", "nan"], "temperature nan"),
+    "temperature inf": (["--temperature", "inf"], "temperature inf"),
+    "temperature 1e-45": (["--temperature", "1e-45"], "temperature"),
+    "temperature abc": (["--temperature", "abc"], "temperature abc"),
+    "top_p 0": (["--top-p", "0"], "top_p"),
+    "top_p 1.5": (["--top-p", "1.5"], "top_p 1.5"),
+    "top_p nan": (["--top-p", "nan"], "top_p"),
+    "top_k -1": (["--top-k", "-1"], "top_k"),
+    "top_k 1.5": (["--top-k", "1.5"], "--top-k 1.5"),
+    "min_p 2": (["--min-p", "2"], "min_p"),
+    "penalty 0": (["--repetition-penalty", "0"], "repetition_penalty"),
+    "tokens -1": (["--max-new-tokens", "-1"], "max_new_tokens"),
+    "tokens 2.5": (["--max-new-tokens", "2.5"], "--max-new-tokens"),
+    "seed -1": (["--seed", "-1"], "seed"),
+    "seed 2^64": (["--seed", str(2**64)], "seed"),
+    "device bogus": (["--device", "bogus"], "--device bogus cpu"),
+    "device cuda:99": (["--device", "cuda:99"], "--device cuda:99"),
+    "dtype int8": (["--dtype", "int8"], "--dtype int8"),
+    "empty stop": (["--stop", ""], "--stop"),
+    "system without chat": (["--system", "x", "y"], "--system --chat"),
+    "chat with two": (["--chat", "a", "b"], "--chat"),
+    "chat with ids": (["--chat", "--raw-ids", "5"], "--chat --raw-ids"),
+    "ids -1": (["--raw-ids", "5 -1"], "--raw-ids"),
+    "ids x": (["--raw-ids", "5 x"], "--raw-ids"),
+    "ids 10^30": (["--raw-ids", str(10**30)], "--raw-ids"),
+    "empty prompt": ([""], "PROMPT empty"),
+    "blank prompt": ([" \n"], "PROMPT empty"),
+    "surrogate": (["a\udcff"], "PROMPT UTF-8"),
+    "long and odd": (["--bogus\x1b[2J\n" + "x" * 500], "--bogus"),
+}
+INPUTS = {"empty": (b"", "empty"), "blank": (b" \n", "empty"), "not UTF-8": (b"a\xff", "UTF-8")}
+
+
+def assert_usage(monkeypatch, capsys, args: list[str], words: str, given: bytes = b"") -> None:
+    """Refused with status 2 before the model is looked for: there is none at that path."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--model", "/no/such", *args])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    with pytest.raises(SystemExit) as ended:
+        generate.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "") and err.rstrip("\n").isprintable()
+    assert_error(err, *words.split())
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_usage(name, monkeypatch, capsys):
+    assert_usage(monkeypatch, capsys, *USAGE[name])
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_bad_standard_input(name, monkeypatch, capsys):
+    given, words = INPUTS[name]
+    assert_usage(monkeypatch, capsys, ["-"], f"PROMPT {words}", given)
+
+
+def test_usage_of_a_real_process():
+    status, out, err = run("--top-p", "nan", "x", stdin=subprocess.DEVNULL)
+    assert (status, out) == (2, "")
+    assert_error(err, "top_p", "nan")
+
+
+# ------------------------------------------------------------------------------------- the hub's id
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A small part of the hub: one model, whose files include some that nobody should ask for."""
+
+    files: dict[str, bytes] = {}
+    asked: list[str] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(path := self.path.partition("?")[0])
+        commit, body, headers = "0" * 40, None, {}
+        if path == "/api/models/owner/model/revision/main":
+            body = json.dumps({"id": "owner/model", "sha": commit}).encode()
+        elif path == f"/api/models/owner/model/tree/{commit}":
+            entries = [
+                {"type": "file", "path": n, "size": len(b), "oid": n} for n, b in self.files.items()
+            ]
+            body = json.dumps(entries).encode()
+        elif (name := path.rpartition("/resolve/" + commit + "/")[2]) in self.files:
+            body, headers = self.files[name], {"ETag": f'"{name}"', "X-Repo-Commit": commit}
+        self.send_response(404 if body is None else 200)
+        for key, text in {**headers, "Content-Length": str(len(body or b""))}.items():
+            self.send_header(key, text)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body or b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_) -> None:
+        """Silence."""
+
+
+def test_hub_id(speaker, tmp_path, monkeypatch):
+    """Downloaded with the hub's own client, but only what is data; an unknown id is one line."""
+    wanted = {path.name: path.read_bytes() for path in speaker.iterdir()}
+    wanted |= {"merges.txt": b"", "chat_template.jinja": b"{{ 1 }}"}
+    unwanted = dict.fromkeys(("pytorch_model.bin", "code.py", "README.md", "a.pt", "x.h5"), b"x")
+    monkeypatch.setattr(Hub, "files", {**wanted, **unwanted})
+    monkeypatch.setattr(Hub, "asked", [])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    env |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    try:
+        status, out, _ = run("--model", "owner/model", PROMPT, env=env, cwd=tmp_path)
+        assert (status, out) == (0, PROMPT + SAID + "\n")
+        files = [path for path in Hub.asked if not path.startswith("/api/models/owner/model/")]
+        assert {*files} == {f"/owner/model/resolve/{'0' * 40}/{name}" for name in wanted}
+        status, out, err = run("--model", "owner/other", PROMPT, env=env, cwd=tmp_path)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (status, out) == (1, "")
+    assert_error(err, "owner/other", "cannot be downloaded")
+
+
+# ------------------------------------------------------------------------------------------- fuzz
+
+
+def test_fuzz():
+    """300 cases of the fuzzer, of which more are run by hand."""
+    line = [sys.executable, str(TESTS / "fuzz.py"), "300", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(line, capture_output=True, text=True, env=env, timeout=600)
+    assert ran.returncode == 0 and "300 cases of seed 0: 0 wrong" in ran.stdout, ran.stdout
