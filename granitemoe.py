@@ -21,8 +21,8 @@ What makes Granite Granite. Break any of these and the text stays fluent, but is
 - dropless: no capacity, every token reaches all K experts that it chose.
 
 Reading order: GraniteMoeConfig, RMSNorm, rope_tables, rotate, attend_eager, Attention, Router,
-sort_by_expert, experts_loop, experts_grouped, experts_gathered, MoE, DecoderLayer, KVCache,
-GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
+experts_one_token, sort_by_expert, experts_loop, experts_grouped, experts_gathered, MoE,
+DecoderLayer, KVCache, GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
 
 Dimension key (one letter, one size; x_ND has shape (N, D)):
     B batch            T new tokens           S cached + new tokens   V vocabulary
@@ -370,6 +370,17 @@ def swiglu(packed: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def experts_one_token(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """The equation as it stands, for N = 1: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where
+    expert e is the k-th choice. Returns y_ND."""
+    experts = expert_ids_NK[0].tolist()  # waits for the device
+    hidden = [swiglu(linear(x_ND, gate_up_EPD[e])) for e in experts]
+    rows_KD = torch.cat([linear(h, down_EDF[e]) for h, e in zip(hidden, experts, strict=True)])
+    return weights_NK @ rows_KD
+
+
 def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """Line up the M = N*K assignments by expert.
 
@@ -406,18 +417,20 @@ def combine(rows_MD: Tensor, order_M: Tensor, weights_NK: Tensor) -> Tensor:
 def experts_loop(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """The definition: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where e is the k-th choice.
-
-    One expert at a time, on the tokens that chose it. Returns y_ND.
-    """
+    """The same for every token: one expert at a time, on the tokens that chose it. Returns y_ND."""
+    if len(x_ND) == 1:
+        return experts_one_token(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
     order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
-    rows_MD, outputs, start = x_ND[tokens_M], [], 0
+    weights_M = weights_NK.flatten()[order_M]
+    y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+    start = 0
     for e, end in enumerate(ends_E.tolist()):  # waits for the device
         if start < end:
-            hidden = swiglu(linear(rows_MD[start:end], gate_up_EPD[e]))
-            outputs.append(linear(hidden, down_EDF[e]))
+            tokens, weights = tokens_M[start:end], weights_M[start:end, None]
+            hidden = swiglu(linear(x_ND[tokens], gate_up_EPD[e]))
+            y_ND.index_add_(0, tokens, linear(hidden, down_EDF[e]).to(y_ND.dtype) * weights)
         start = end
-    return combine(torch.cat(outputs), order_M, weights_NK)
+    return y_ND.to(x_ND.dtype)
 
 
 def experts_grouped(
