@@ -245,13 +245,13 @@ def load_model(
 def panics_caught() -> Iterator[None]:
     """tokenizers raises bare Exceptions, and panics beyond them: to ValueError, in one line.
 
-    A panic prints a page before it can be caught; the command, which has one thread, hides that.
+    A panic prints a page before it can be caught: meanwhile, standard error leads nowhere.
     """
-    hide = __name__ == "__main__" and sys.stderr is not None
+    hide = sys.stderr is not None
     if hide:
-        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, 2)
-        os.close(nothing)
+        kept, (unread, nowhere) = os.dup(2), os.pipe()
+        os.set_blocking(nowhere, False)
+        os.dup2(nowhere, 2)
     try:
         yield
     except (KeyboardInterrupt, SystemExit, OSError, ValueError):
@@ -262,7 +262,8 @@ def panics_caught() -> Iterator[None]:
     finally:
         if hide:
             os.dup2(kept, 2)
-            os.close(kept)
+            for descriptor in (kept, unread, nowhere):
+                os.close(descriptor)
 
 
 def encode(tokenizer: "Tokenizer", text: str) -> list[int]:
