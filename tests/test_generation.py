@@ -333,7 +333,7 @@ def soak(count: int) -> int:
     if not (folder / "model.safetensors").exists():
         folder = write_files(Path(os.environ["SOAK"]), checkpoint())
     model, made, base, rng = load_model(folder, dtype="float32"), 0, None, random.Random(0)
-    warm = max(count // 10, 2500)
+    warm = max(count // 10, 6000)
     context, last = model.config.max_position_embeddings, model.config.vocab_size - 1
     files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
     while made < count:
@@ -349,7 +349,7 @@ def soak(count: int) -> int:
 
 
 def test_soak(tmp_path):
-    line = [sys.executable, str(TESTS / "test_generation.py"), "5000"]
+    line = [sys.executable, str(TESTS / "test_generation.py"), "11000"]
     env = {**os.environ, "SOAK": str(tmp_path / "model"), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(line, capture_output=True, text=True, env=env, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
