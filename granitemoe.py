@@ -376,7 +376,8 @@ def experts_one_token(
     """The equation as it stands, for N = 1: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where
     expert e is the k-th choice. Returns y_ND."""
     experts = expert_ids_NK[0].tolist()  # waits for the device
-    hidden = [swiglu(linear(x_ND, gate_up_EPD[e])) for e in experts]
+    rows_KP = torch.cat([linear(x_ND, gate_up_EPD[e]) for e in experts])
+    hidden = swiglu(rows_KP).split(1)
     rows_KD = torch.cat([linear(h, down_EDF[e]) for h, e in zip(hidden, experts, strict=True)])
     return weights_NK @ rows_KD
 
