@@ -320,6 +320,8 @@ def measure_profile(bench: Bench, steps: int = 4) -> list[dict[str, Any]]:
     for item in (Item(f"prefill {T}", 1, T), Item("decode 1", 1, 1, T)):
         ids = bench.ids(steps + 1, 1, item.tokens)
         for name in bench.modes_for(item):
+            if "compiled" in name:  # which takes no hooks
+                continue
             mode = MODES[name].make(bench.model, 1)
             caches = [mode.new_cache(1, T + steps + 1) for _ in range(steps + 1)]
             if item.past:
