@@ -383,8 +383,9 @@ def next_ids(
     if shape["temperature"] == 0:
         new = logits.argmax(dim=-1)
     else:
-        cumulative = sampling_probs(logits, **shape).double().cumsum(dim=-1)
+        cumulative = sampling_probs(logits, **shape).to(uniform.dtype).cumsum(dim=-1)
         new = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+        new = new.clamp(max=logits.shape[-1] - 1)  # rounding may reach the sum
     return torch.where(finite, new, -1)
 
 
@@ -397,7 +398,8 @@ def uniform_rows(seeds: list[int | None], device: torch.device) -> Callable[[], 
 
     def draw() -> Tensor:
         rows = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
-        return torch.stack(rows).to(device)
+        kind = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+        return torch.stack(rows).to(device, kind)
 
     return draw
 
@@ -575,7 +577,7 @@ def _steps(
     if graph and max(room) > 1:
         step = step.capture(uniform)
     for count in range(max(room)):
-        ids = new.tolist()  # the one wait for the device in a step
+        ids = new.tolist()  # waits for the device
         require(-1 not in ids, f"logits: not finite at step {count}; a wider dtype may help")
         ids = [i if count < end else None for i, end in zip(ids, room, strict=True)]
         yield ids
@@ -583,7 +585,7 @@ def _steps(
         if count + 1 >= max(room):
             return
         seen.scatter_(1, new[:, None], True)
-        new = step(new[:, None], draw())
+        new = step(new[:, None], uniform if shape["temperature"] == 0 else draw())
 
 
 def chat_ids(tokenizer: "Tokenizer", messages: list[tuple[str, str]]) -> list[int]:
@@ -728,7 +730,8 @@ def converse(
     cache = KVCache(model.config, 1, room, device=weight.device, dtype=weight.dtype)
     messages = [("system", args.system)] if args.system else []
     unread: list[int] = []  # the end of the last reply, which the cache has not seen
-    end, newline = tokenizer.token_to_id(END), tokenizer.encode("\n").ids
+    end = tokenizer.token_to_id(END)
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids
     while True:
         if sys.stdin.isatty():
             note("> ", "")
@@ -740,8 +743,12 @@ def converse(
             note(f"[{error}]")
             continue
         ids = unread + chat_ids(tokenizer, [*messages, ("user", text)])
+        if len(ids) >= room - cache.length:
+            return note(f"[the conversation's {room} tokens are full: start a new one]")
         (made,) = stream(model, [ids], [""], decode, args, cache)
         messages = []
+        if args.seed is not None:  # or each turn would draw the same numbers
+            args.sampling["seed"] = (args.sampling["seed"] + 1) % 2**63
         unread = made[-1:] + ([] if made[-1:] == [end] else [end]) + newline
 
 
@@ -824,6 +831,10 @@ def parse_args() -> argparse.Namespace:
         require(good, "--chat: takes one PROMPT or none, and no --raw-ids")
         good = "" not in args.stop and not (args.stop and args.raw_ids)
         require(good, "--stop: must be a text that is not empty, and not with --raw-ids")
+        good = not args.compile or args.experts != "loop"
+        require(good, "--compile: needs --experts auto or batched")
+        good = not args.compile or args.attention != "flash" or args.device.type != "cuda"
+        require(good, "--compile: a CUDA graph needs a mask, which flash does not take; use sdpa")
         args.prompts = [read_prompt(prompt) for prompt in args.prompts]
         if args.raw_ids:
             args.ids = [parse_ids(prompt) for prompt in args.prompts or ["0"]]

@@ -3,7 +3,8 @@
 A decoder-only transformer whose feed-forward block is E small experts, of which a router picks K
 per token: Granite 3.0/3.1 1b-a400m (32 experts), 3b-a800m and PowerMoE-3b (40), all top-8.
 
-One layer, for the tokens x of a sequence (m_* are config numbers, all four are visible below):
+The whole model, for the ids of a sequence; lines 2 and 3 are one layer and repeat. The four scalars
+are the config's embedding_, residual_ and attention_multiplier (m_*) and logits_scaling:
 
     x = m_embedding * Embedding(ids)
     x = x + m_residual * Attention(RMSNorm(x))      causal, RoPE, scores q.k * m_attention
@@ -296,7 +297,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop:
         y = F.scaled_dot_product_attention(
             q.view(len(q), G, -1, q.shape[3]), k, v, mask, drop, scale=scale
         )
-        return y.view_as(q)
+        return y.reshape(q.shape)  # on CUDA a kernel may have transposed it
     if mask is None and T < S:  # is_causal ties the triangle to the first key, not to the last
         mask = triangle(T, S, q.device)
     options = {"is_causal": mask is None, "scale": scale, "enable_gqa": True}
@@ -311,7 +312,9 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop
         (mask is None, "takes no padding mask"),
         (device in ("cpu", "cuda"), f"does not run on {device}"),
         (device == "cpu" or half, f"needs float16 or bfloat16 on CUDA, not {q.dtype}"),
+        (device == "cuda" or drop == 0, "has no dropout on the CPU"),
         (device == "cpu" or q.shape[3] % 8 == 0, "needs a head_dim that 8 divides on CUDA"),
+        (device == "cpu" or q.shape[3] <= 256, "needs a head_dim of at most 256 on CUDA"),
     ):
         require(good, f"attention_backend: 'flash' {why}; use 'sdpa' or 'eager'")
     names = {"cpu": "_scaled_dot_product_flash_attention_for_cpu"}
@@ -468,7 +471,11 @@ def experts_gathered(
 def experts_batched(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """No loop, no wait for the device: gathered while assignments are no more than experts."""
+    """No loop, no wait for the device: gathered while assignments are no more than experts.
+
+    PyTorch's grouped product keeps that promise in bfloat16 on compute capability 9 and 10; other
+    cards and dtypes wait in it.
+    """
     few = expert_ids_NK.numel() <= len(gate_up_EPD)
     experts = experts_gathered if few else experts_grouped
     return experts(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
@@ -733,13 +740,16 @@ class GraniteMoeForCausalLM(nn.Module):
         logits_to_keep: compute only so many last positions; 0 computes all.
         Raises ValueError for inputs that do not fit each other, the model or the cache.
         """
+        require(logits_to_keep >= 0, f"logits_to_keep: must be >= 0, got {logits_to_keep}")
         x, router_logits = self.model(input_ids, attention_mask, position_ids, cache)
         x = x[:, -logits_to_keep:].contiguous()
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         output = CausalLMOutput(linear(x, head.weight) / self.config.logits_scaling)
         if labels is not None:
             shifted = output.logits[:, :-1].float().flatten(0, 1)
-            output.loss = F.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=-100)
+            output.loss = F.cross_entropy(
+                shifted, labels[:, 1:].flatten().long(), ignore_index=-100
+            )
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         if output_router_logits:
