@@ -30,12 +30,14 @@ Dimension key (one letter, one size; x_ND has shape (N, D)):
     D hidden size      H query heads          G key/value heads       C head_dim = D / H
     E experts          K experts per token    F expert width          P = 2F, packed gate|up
     N = B*T tokens     M = N*K assignments of a token to an expert
+    (F is a width in shapes alone; in code it is torch.nn.functional.)
 
 Numerics (as in transformers): everything runs in the dtype of the weights, except
     RMSNorm's mean square      float32, cast back before the weight
     RoPE angles, cos, sin      float32, cast to the activations' dtype
     attention softmax          float32, cast back (eager; the fused kernels do so inside)
     router logits, softmax     matmul in the model's dtype, then float32; weights cast back
+    sum over experts           float32, cast back
     losses                     float32
 """
 
