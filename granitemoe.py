@@ -54,25 +54,15 @@ Past = tuple[Tensor, Tensor, int | Tensor]  # a layer's cached keys and values; 
 
 POSITIVE = (1e-18, 1e18)  # below 2^63, which a JSON integer may pass and a tensor may not
 LIMITS = {  # field: lowest and highest value; integers for a field that is one
-    "vocab_size": (1, 2**24),
-    "hidden_size": (2, 2**20),
-    "intermediate_size": (1, 2**20),
-    "num_hidden_layers": (1, 2**10),
-    "num_attention_heads": (1, 2**16),
-    "num_key_value_heads": (1, 2**16),
-    "num_local_experts": (1, 2**16),
-    "num_experts_per_tok": (1, 2**16),
-    "max_position_embeddings": (1, 2**31),
-    "rope_theta": POSITIVE,
-    "rms_norm_eps": POSITIVE,
-    "embedding_multiplier": POSITIVE,
-    "attention_multiplier": POSITIVE,
-    "residual_multiplier": POSITIVE,
-    "logits_scaling": POSITIVE,
-    "router_aux_loss_coef": (0.0, 1e18),
-    "attention_dropout": (0.0, 1.0),
+    "vocab_size": (1, 2**24), "hidden_size": (2, 2**20), "intermediate_size": (1, 2**20),
+    "num_hidden_layers": (1, 2**10), "num_attention_heads": (1, 2**16),
+    "num_key_value_heads": (1, 2**16), "num_local_experts": (1, 2**16),
+    "num_experts_per_tok": (1, 2**16), "max_position_embeddings": (1, 2**31),
+    "rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "embedding_multiplier": POSITIVE,
+    "attention_multiplier": POSITIVE, "residual_multiplier": POSITIVE, "logits_scaling": POSITIVE,
+    "router_aux_loss_coef": (0.0, 1e18), "attention_dropout": (0.0, 1.0),
     "initializer_range": POSITIVE,
-}
+}  # fmt: skip
 CHOICES = {
     "hidden_act": ("silu",),
     "dtype": (None, "float32", "float16", "bfloat16"),
