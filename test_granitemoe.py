@@ -360,6 +360,44 @@ def test_backends(one, attention, experts, side):
     assert max(map(relative, a, b)) <= GRADIENTS
 
 
+@pytest.mark.parametrize("T, past", ((2, 0), (64, 0), (65, 3), (150, 70)))
+def test_attention_in_blocks(T, past):
+    """What "sdpa" does to a prompt in bfloat16 on a CPU; here in float32, with the gradients."""
+    G, S, rng = 3, past + T, torch.Generator().manual_seed(0)
+    shapes = ((2, 2 * G, T, 8), (2, G, S, 8), (2, G, S, 8), (2, 2 * G, T, 8))
+    *leaves, upstream = (torch.randn(x, generator=rng) for x in shapes)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    blocks = granitemoe.attend_in_blocks(*leaves, 0.3)
+    eager = granitemoe.attend_eager(*leaves, None, 0.3, 0.0)
+    pairs = [torch.autograd.grad(y, leaves, upstream) for y in (blocks, eager)]
+    for ours, exact in zip((blocks, *pairs[0]), (eager, *pairs[1]), strict=True):
+        assert relative(ours, exact) <= LOGITS
+
+
+def test_a_prompt_in_bfloat16_goes_in_blocks(one, monkeypatch):
+    model, sizes = with_backends(one.ours, "sdpa", "loop").bfloat16(), []
+    blocks = granitemoe.attend_in_blocks
+    spy = lambda q, *rest: sizes.append(q.shape[2]) or blocks(q, *rest)  # noqa: E731
+    monkeypatch.setattr(granitemoe, "attend_in_blocks", spy)
+    cache = KVCache(model.config, B, T, dtype=torch.bfloat16)
+    for chunk in random_ids(model.config).split((6, T - 7, 1), dim=1):
+        model(chunk, cache=cache)
+    assert set(sizes) == {6, T - 7}
+
+
+@pytest.mark.parametrize("rows", (1, 2, 64, 65, 80, 90))
+def test_linear_takes_any_number_of_rows(rows):
+    """The detours for one row, and for numbers of rows of which oneDNN would compile each."""
+    rng, kind = torch.Generator().manual_seed(rows), {"dtype": torch.bfloat16}
+    x, weight = (torch.randn(n, 24, generator=rng).to(**kind).requires_grad_() for n in (rows, 7))
+    y = granitemoe.linear(x.view(rows, 1, 24), weight)
+    exact = x.double() @ weight.double().T
+    assert y.shape == (rows, 1, 7) and relative(y[:, 0], exact) <= 4e-3
+    grads = (torch.autograd.grad(z.sum(), (x, weight)) for z in (y, exact))
+    assert all(relative(a, b) <= 8e-3 for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("side", (None, "left"))
 @backends
 @pytest.mark.parametrize("chunks", ([7], [1] * 7, [3, 1, 3]), ids=str)
@@ -405,10 +443,11 @@ def test_cache_with_fixed_shapes(one, side):
 def test_full_cache_refuses_and_keeps_what_it_holds(one):
     ids, cache = random_ids(one.ours.config), KVCache(one.ours.config, B, 8)
     one.ours(ids[:, :6], cache=cache)
-    before = torch.stack((cache.keys, cache.values))
+    filled = [x[:, :, :, :6] for x in (cache.keys, cache.values)]  # the rest is no number yet
+    before = torch.stack(filled)
     with pytest.raises(ValueError, match="8"):
         one.ours(ids[:, 6:9], cache=cache)
-    assert cache.length == 6 and torch.equal(torch.stack((cache.keys, cache.values)), before)
+    assert cache.length == 6 and torch.equal(torch.stack(filled), before)
     last = one.ours(ids[:, 6:8], cache=cache).logits
     assert relative(last, one.ours(ids[:, :8]).logits[:, 6:]) <= LOGITS
 
