@@ -58,6 +58,12 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or not what it says; names the file and the field."""
 
 
+def shown(path: str | Path) -> str:
+    """A path in ASCII, or its end where it would crowd out what is wrong there."""
+    text = f"{str(path)!a}"
+    return text if len(text) <= 120 else "..." + text[-117:]
+
+
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """Give every way in which reading a checkpoint can fail one form, with the path in it."""
@@ -67,9 +73,9 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = (error.strerror or "cannot be read").lower()
-        raise CheckpointError(f"{str(path)!a}: {reason}") from None
+        raise CheckpointError(f"{shown(path)}: {reason}") from None
     except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{str(path)!a}: {error}") from None
+        raise CheckpointError(f"{shown(path)}: {error}") from None
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -197,6 +203,15 @@ def read_tensors(
                 yield name, tensor.to(device)
 
 
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA, else MPS, else the CPU. Raises ValueError for what this machine lacks."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    wanted = {"auto": available[0], "cuda": "cuda:0"}.get(name, name)
+    require(wanted in available, f"device: must be auto or one of {available}, got {name!a:.40}")
+    return torch.device(wanted)
+
+
 def load_model(
     path: str | Path,
     *,
@@ -208,12 +223,14 @@ def load_model(
 ) -> GraniteMoeForCausalLM:
     """Read a checkpoint: a folder with config.json and model.safetensors or shards, or a hub id.
 
+    device: as torch names it, or "auto".
     dtype: of the model; None keeps that of the config or, where it names none, of the embedding.
     progress: called after each tensor with how many are read, and of how many.
     Memory never holds more than the model and one tensor, and nothing stays tied to the files.
-    Raises CheckpointError (a ValueError) for what is missing, unexpected, damaged or not finite.
+    Raises CheckpointError for what is missing, unexpected, damaged or not finite, and ValueError,
+    of which it is one, for arguments.
     """
-    folder = find_folder(path)
+    folder, device = find_folder(path), pick_device(str(device))
     config = replace(
         read_config(folder), attention_backend=attention_backend, experts_backend=experts_backend
     )
@@ -775,15 +792,6 @@ def parse_ids(prompt: str) -> list[int]:
     good = all(re.fullmatch(r"[0-9]{1,9}", word) for word in words)
     require(good, "--raw-ids: PROMPT must be integers from 0")
     return [int(word) for word in words]
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA, else MPS, else the CPU. Raises ValueError for what this machine lacks."""
-    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    available = [*cuda, *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    wanted = {"auto": available[0], "cuda": "cuda:0"}.get(name, name)
-    require(wanted in available, f"--device: must be auto or one of {available}, got {name!a:.40}")
-    return torch.device(wanted)
 
 
 class Parser(argparse.ArgumentParser):

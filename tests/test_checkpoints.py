@@ -388,6 +388,13 @@ def test_refused_by_the_command_without_asserts():
     assert f"{len(ROWS)} rows, 0 wrong" in script("table")
 
 
+def test_a_long_path_leaves_room_for_what_is_wrong(folder):
+    config(hidden_act="relu")(folder)
+    folder = folder.rename(folder.parent / ("x" * 200))
+    outcome = forked(command("--model", str(folder)))
+    assert problem(outcome, 1) == "" and re.search("config.json.*hidden_act.*relu", outcome.err)
+
+
 @pytest.mark.parametrize("name", ("config.json", WEIGHTS, "tokenizer.json"))
 def test_unreadable_file(name, folder, monkeypatch):
     """Root reads everything, so for a moment this is somebody else, who cannot open /tmp/pytest-*:
@@ -440,7 +447,7 @@ def test_values_that_overflow_in_the_cast(folder):
 
 @pytest.mark.parametrize("options", (
     {"dtype": "int8"}, {"dtype": torch.int8}, {"dtype": 5}, {"attention_backend": "fast"},
-    {"experts_backend": "x"},
+    {"experts_backend": "x"}, {"device": "bogus"}, {"device": "cuda:99"},
 ))  # fmt: skip
 def test_options_of_load_model(options, folder):
     with pytest.raises(ValueError, match=next(iter(options))):
