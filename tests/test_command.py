@@ -330,6 +330,7 @@ USAGE = {  # what is wrong: the arguments, words of the error
     "ids -1": (["--raw-ids", "5 -1"], "--raw-ids"),
     "ids x": (["--raw-ids", "5 x"], "--raw-ids"),
     "ids 10^30": (["--raw-ids", str(10**30)], "--raw-ids"),
+    "compile a loop": (["--compile", "--experts", "loop"], "--compile --experts batched"),
     "empty prompt": ([""], "PROMPT empty"),
     "blank prompt": ([" \n"], "PROMPT empty"),
     "surrogate": (["a\udcff"], "PROMPT UTF-8"),
@@ -352,6 +353,13 @@ def assert_usage(monkeypatch, capsys, args: list[str], words: str, given: bytes 
 @pytest.mark.parametrize("name", USAGE)
 def test_usage(name, monkeypatch, capsys):
     assert_usage(monkeypatch, capsys, *USAGE[name])
+
+
+def test_flash_in_a_cuda_graph(monkeypatch, capsys):
+    """As if there were a card."""
+    monkeypatch.setattr(generate, "pick_device", generate.torch.device)
+    args = ["--device", "cuda", "--compile", "--attention", "flash"]
+    assert_usage(monkeypatch, capsys, args, "--compile flash sdpa")
 
 
 @pytest.mark.parametrize("name", INPUTS)

@@ -128,6 +128,7 @@ BAD_INPUTS = {
     "mask of 4 dimensions": ({"attention_mask": ONES[None, None]}, "attention_mask"),
     "mask with a hole": ({"attention_mask": TWO != 6}, "attention_mask"),
     "a row all masked": ({"attention_mask": TWO > 7}, "attention_mask"),
+    "fewer than no logits": ({"logits_to_keep": -1}, "logits_to_keep"),
     "positions of floats": ({"position_ids": ONES.float()}, "position_ids"),
     "positions too many": ({"position_ids": torch.ones(2, 4, dtype=torch.long)}, "position_ids"),
 }  # fmt: skip
