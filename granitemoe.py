@@ -312,10 +312,11 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     blocks = []
     for start in range(0, T, 64):
         queries = grouped[:, :, start : start + 64]
-        heads, rows = queries.shape[1:3]
-        end = S - T + start + rows  # what the last of these queries sees
-        hidden = q.new_full((rows, end), -math.inf).triu(1 + end - rows).repeat(heads, 1)
-        scores = torch.baddbmm(hidden, queries.flatten(1, 2), k[:, :, :end], alpha=scale)
+        heads, t = queries.shape[1:3]
+        end, rows = S - T + start + t, queries.flatten(1, 2)  # the last query sees `end` keys
+        scores = torch.baddbmm(q.new_zeros(1), rows, k[:, :, :end], beta=0, alpha=scale)
+        own = scores.unflatten(1, (heads, t))[..., end - t :]  # of these queries' own keys
+        own += q.new_full((t, t), -math.inf).triu(1)
         blocks.append((scores.softmax(dim=-1) @ v[:, :end]).view_as(queries))
     return torch.cat(blocks, dim=2).view_as(q)
 
