@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import torch
 from conftest import (
     CONFIG,
     HEAD,
@@ -170,6 +171,7 @@ def verdict(label: str, outcome: Outcome, good: str) -> str:
 
 
 def main(count: int, seed: int, only: int | None = None) -> int:
+    torch.set_num_threads(1)  # a fork of a process that has used more would wait for them
     wrong, ended = Counter(), Counter()
     with tempfile.TemporaryDirectory(prefix="fuzz") as base:
         os.chdir(base)
