@@ -109,7 +109,7 @@ def find_folder(path: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises dozens of classes: it is not to be had
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{name!a}: cannot be downloaded: {reason!a:.100}") from None
+        raise CheckpointError(f"{shown(name)}: cannot be downloaded: {reason!a:.100}") from None
 
 
 def read_header(path: Path) -> dict[str, tuple[Path, str, tuple]]:
