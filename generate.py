@@ -9,28 +9,37 @@ sampling_probs, generate and _steps (prefill, then one token a step), chat_ids, 
 
 import argparse
 import functools
-import itertools
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":  # importing torch takes a second, in which Ctrl-C must end quietly too
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 try:
     import torch
-    from safetensors import SafetensorError, safe_open
     from torch import Tensor
 
     import granitemoe
-    from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache, require
+    from engine.checkpoint import (
+        ON_DISK,
+        CheckpointError,
+        find_folder,
+        find_tensors,
+        match_tensors,
+        naming,
+        read_config,
+        read_tensors,
+        require,
+    )
+    from engine.tokenizer import END, chat_ids, decoder, encode, load_tokenizer
+    from granitemoe import GraniteMoeForCausalLM, KVCache
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -39,168 +48,13 @@ except ImportError as error:
 if TYPE_CHECKING:  # imported where text is used, so that ids need no tokenizer
     from tokenizers import Tokenizer
 
+__all__ = ("CheckpointError", "generate", "load_model", "load_tokenizer", "sampling_probs")
+
 TINY = Path(__file__).resolve().parent / "tiny"
 PROMPT = "def "
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ON_DISK = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-SPELLINGS = {  # transformers' names in memory, which it can also write: those of the released files
-    "experts.gate_up_proj": "input_linear.weight",
-    "experts.down_proj": "output_linear.weight",
-    "router.weight": "router.layer.weight",
-}
-START, ROLE_END, END = "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"
-MAX_JSON = 10 * 2**20
 PREFILL_TOKENS = 2048  # at a time: bounds the memory of a prefill, however long the prompts
 CHAT_TOKENS = 16384  # of a conversation: its cache is allocated at once
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or not what it says; names the file and the field."""
-
-
-def shown(path: str | Path) -> str:
-    """A path in ASCII, or its end where it would crowd out what is wrong there."""
-    text = f"{str(path)!a}"
-    return text if len(text) <= 120 else "..." + text[-117:]
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Give every way in which reading a checkpoint can fail one form, with the path in it."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
-        raise CheckpointError(f"{shown(path)}: {reason}") from None
-    except (ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{shown(path)}: {error}") from None
-
-
-def open_file(path: Path) -> BinaryIO:
-    """Open a regular file; a FIFO would wait for ever."""
-    require(path.is_file(), "not a regular file" if path.exists() else "no such file")
-    return path.open("rb")
-
-
-def read_json(path: Path) -> dict:
-    with naming(path), open_file(path) as file:
-        return granitemoe.parse_json(file.read(MAX_JSON + 1), MAX_JSON)
-
-
-def read_config(folder: Path) -> GraniteMoeConfig:
-    with naming(folder / "config.json"):
-        return GraniteMoeConfig.from_dict(read_json(folder / "config.json"))
-
-
-def find_folder(path: str | Path) -> Path:
-    """A folder as it is; a hub id, `owner/name` where no local folder `owner` is, is downloaded."""
-    folder, name = Path(path), str(path)
-    with naming(path):
-        is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not folder.parent.exists()
-        if not is_id:
-            require(name and folder.is_dir(), "no such folder, and not a hub id (owner/name)")
-            return folder
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises dozens of classes: it is not to be had
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{shown(name)}: cannot be downloaded: {reason!a:.100}") from None
-
-
-def read_header(path: Path) -> dict[str, tuple[Path, str, tuple]]:
-    """Each tensor of a safetensors file, with the file, its dtype and shape; reads no tensor."""
-    with naming(path), open_file(path) as file:
-        start, rest = file.read(8), path.stat().st_size - 8
-        require(start != b"version ", "a Git LFS pointer, not the weights; run: git lfs pull")
-        size = int.from_bytes(start, "little")
-        require(size <= min(rest, MAX_JSON) and rest > 0, "not a safetensors file, or cut off")
-        header = granitemoe.parse_json(file.read(size), MAX_JSON)
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            good = isinstance(entry, dict) and isinstance(entry.get("shape"), list)
-            require(good, f"{name!a:.80}: not a tensor's entry")
-        return {n: (path, str(e.get("dtype")), tuple(e["shape"])) for n, e in header.items()}
-
-
-def find_tensors(folder: Path) -> dict[str, tuple[Path, str, tuple]]:
-    """Where each stored tensor is: in model.safetensors or, without it, in a shard of the index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    with naming(folder):
-        if single.exists() or not index.exists():
-            pickles = [*folder.glob("*.bin*"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-            advice = "pickle is not supported, since it can run code; convert to safetensors"
-            require(single.exists() or not pickles, advice)
-            require(single.exists(), f"neither {single.name} nor {index.name} is there")
-            return read_header(single)
-    weight_map = read_json(index).get("weight_map")
-    with naming(index):
-        good = isinstance(weight_map, dict) and weight_map
-        require(good, "weight_map: must name a shard for each tensor")
-        for name, shard in weight_map.items():
-            good = isinstance(shard, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard)
-            require(good, f"{name!a:.60}: must be a plain *.safetensors name, got {shard!a:.60}")
-        headers = {shard: read_header(folder / shard) for shard in sorted({*weight_map.values()})}
-        for name, shard in weight_map.items():
-            require(name in headers[shard], f"{name!a:.60}: is not in {shard!a:.60}")
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
-def canonical(name: str) -> str:
-    """A stored tensor's name in the spelling of the released files."""
-    prefix, marker, tail = name.partition(".block_sparse_moe.")
-    return prefix + marker + SPELLINGS.get(tail, tail)
-
-
-def match_tensors(folder: Path, stored: dict, model: GraniteMoeForCausalLM) -> dict[str, str]:
-    """Compare what is stored with what the model needs, before anything is allocated.
-
-    Returns the stored name of each of the model's tensors, and of a tied head's copy if there.
-    """
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    allowed = dict(expected)
-    if model.config.tie_word_embeddings:
-        allowed["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    names: dict[str, str] = {}
-    with naming(folder):
-        for name in stored:
-            twice = names.setdefault(canonical(name), name) != name
-            require(not twice, f"{canonical(name)!a:.80}: stored under two names")
-        for problem, wrong in (
-            ("missing", [n for n in expected if n not in names]),
-            ("unexpected", [names[n] for n in names if n not in allowed]),
-        ):
-            some = ", ".join(f"{n!a:.45}" for n in wrong[:2])
-            require(not wrong, f"{len(wrong)} {problem} tensors: {some}")
-    for name in names:
-        path, dtype, shape = stored[names[name]]
-        with naming(path):
-            good = shape == allowed[name] and all(type(size) is int for size in shape)
-            require(good, f"{name}: shape must be {allowed[name]}, is {shape!a:.40}")
-            require(dtype in ON_DISK, f"{name}: dtype must be F32, F16 or BF16, is {dtype!a:.20}")
-    return names
-
-
-def read_tensors(
-    stored: dict, names: dict[str, str], dtype: torch.dtype, device: str | torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor by itself, in memory of its own, finite and cast."""
-    by_file = sorted(names, key=lambda name: stored[names[name]][0])
-    for file, group in itertools.groupby(by_file, key=lambda name: stored[names[name]][0]):
-        with naming(file), safe_open(file, "pt", backend="pread") as tensors:
-            for name in group:
-                tensor = tensors.get_tensor(names[name])
-                require(tensor.shape == stored[names[name]][2], f"{name}: changed while loading")
-                for target in dict.fromkeys((tensor.dtype, dtype)):  # a cast can overflow too
-                    tensor = tensor.to(target)
-                    low, high = torch.aminmax(tensor)  # one pass; NaN shows in both
-                    finite = torch.isfinite(low) and torch.isfinite(high)
-                    require(finite, f"{name}: has NaN or infinite values (as {target})")
-                yield name, tensor.to(device)
 
 
 def pick_device(name: str) -> torch.device:
@@ -256,81 +110,6 @@ def load_model(
             require(same, "lm_head.weight: differs from the embedding that it is tied to")
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-@contextmanager
-def panics_caught() -> Iterator[None]:
-    """tokenizers raises bare Exceptions, and panics beyond them: to ValueError, in one line.
-
-    A panic prints a page before it can be caught: meanwhile, standard error leads nowhere.
-    """
-    hide = sys.stderr is not None
-    if hide:
-        kept, (unread, nowhere) = os.dup(2), os.pipe()
-        os.set_blocking(nowhere, False)
-        os.dup2(nowhere, 2)
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, OSError, ValueError):
-        raise
-    except BaseException as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"not a usable tokenizer: {reason!a:.80}") from None
-    finally:
-        if hide:
-            os.dup2(kept, 2)
-            for descriptor in (kept, unread, nowhere):
-                os.close(descriptor)
-
-
-def encode(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """A text's ids; special tokens that are spelled out in it count as such."""
-    with panics_caught():
-        return tokenizer.encode(text).ids
-
-
-def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """The checkpoint's tokenizer: tokenizer.json, or vocab.json, merges.txt and added_tokens.json.
-
-    Raises CheckpointError, also where it has ids that the model of the folder's config.json lacks.
-    """
-    from tokenizers import Tokenizer
-
-    folder = find_folder(path)
-    whole = folder / "tokenizer.json"
-    with naming(whole), panics_caught():
-        if whole.exists() or not (folder / "vocab.json").exists():
-            open_file(whole).close()
-            tokenizer = Tokenizer.from_file(str(whole))
-        else:
-            tokenizer = tokenizer_from_parts(folder)
-        tokenizer.encode("a 1")  # some damage shows only in use
-        last, size = max(tokenizer.get_vocab().values(), default=0), read_config(folder).vocab_size
-        require(last < size, f"has id {last}, but vocab_size is {size} in config.json")
-    return tokenizer
-
-
-def tokenizer_from_parts(folder: Path) -> "Tokenizer":
-    """Granite's byte-level BPE: single digits, then the GPT-2 split."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    vocab, merges, added = (folder / n for n in ("vocab.json", "merges.txt", "added_tokens.json"))
-    ids = read_json(vocab)
-    with naming(merges):
-        open_file(merges).close()
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel
-    split = [digits, byte_level(add_prefix_space=False)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {END: ids[END]} if END in ids else {}
-    special |= read_json(added) if added.exists() else {}
-    with naming(added):
-        for token, token_id in sorted(special.items(), key=lambda item: str(item[1]).zfill(9)):
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-            got = tokenizer.token_to_id(token)
-            require(got == token_id, f"{token!a:.60}: id {token_id!a:.20} should be {got}")
-    return tokenizer
 
 
 SAMPLING = {  # argument: its type, its test, and what is allowed in words
@@ -605,31 +384,6 @@ def _steps(
         new = step(new[:, None], uniform if shape["temperature"] == 0 else draw())
 
 
-def chat_ids(tokenizer: "Tokenizer", messages: list[tuple[str, str]]) -> list[int]:
-    """Granite's chat format for (role, content) messages, ending where the assistant speaks.
-
-    Contents are text: a control token that somebody types is encoded as its characters.
-    """
-    start, role_end, end = (tokenizer.token_to_id(name) for name in (START, ROLE_END, END))
-    known = None not in (start, role_end, end)
-    require(known, f"--chat: the tokenizer has no {START}, so this is no instruct model")
-
-    def plain(text: str) -> list[int]:
-        tokenizer.encode_special_tokens = True  # that is: as ordinary text
-        try:
-            with panics_caught():
-                ids = tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            tokenizer.encode_special_tokens = False
-        require(not {start, role_end, end} & {*ids}, "--chat: control tokens in the message")
-        return ids
-
-    ids = []
-    for role, content in messages:
-        ids += [start, *plain(role), role_end, *plain(content), end, *plain("\n")]
-    return [*ids, start, *plain("assistant"), role_end]
-
-
 class TextStream:
     """Ids in, text out as soon as it is certain: whole characters, and nothing of a stop text."""
 
@@ -849,20 +603,6 @@ def parse_args() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def decoder(tokenizer: "Tokenizer | None") -> Callable[[list[int]], str]:
-    """Ids to text, or to their numbers without a tokenizer. A padded vocabulary has ids without a
-    token, which show as U+FFFD."""
-
-    def decode(ids: list[int]) -> str:
-        runs = itertools.groupby(ids, lambda i: tokenizer.id_to_token(i) is not None)
-        texts = (
-            tokenizer.decode([*run]) if known else "\ufffd" * len([*run]) for known, run in runs
-        )
-        return "".join(texts)
-
-    return decode if tokenizer else lambda ids: "".join(f" {i}" for i in ids)
 
 
 def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokenizer | None"]:

@@ -41,7 +41,6 @@ Numerics (as in transformers): everything runs in the dtype of the weights, exce
     losses                     float32
 """
 
-import json
 import math
 from dataclasses import dataclass, fields
 
@@ -77,28 +76,6 @@ def require(good: bool | Tensor, message: str) -> None:
     """The one way in which bad input is refused. An assert would vanish under python -O."""
     if not good:
         raise ValueError(message)
-
-
-def parse_json(raw: bytes, max_bytes: int = 2**20) -> dict:
-    """A JSON object, strictly: no duplicate keys, no NaN, at most `max_bytes`; else ValueError."""
-
-    def unique(pairs: list) -> dict:
-        data = {}
-        for key, value in pairs:
-            require(key not in data, f"duplicate key {key!a:.60}")
-            data[key] = value
-        return data
-
-    def refuse(literal: str) -> None:
-        raise ValueError(f"{literal} is not JSON")
-
-    require(len(raw) <= max_bytes, f"larger than {max_bytes} bytes")
-    try:
-        data = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
-    require(isinstance(data, dict), f"must be a JSON object, got {type(data).__name__}")
-    return data
 
 
 @dataclass
@@ -158,12 +135,6 @@ class GraniteMoeConfig:
     @property
     def head_dim(self) -> int:  # C
         return self.hidden_size // self.num_attention_heads
-
-    @classmethod
-    def from_json(cls, path: str) -> "GraniteMoeConfig":
-        """Read a config.json. Raises ValueError naming the field, OSError if it cannot be read."""
-        with open(path, "rb") as file:
-            return cls.from_dict(parse_json(file.read(2**20 + 1)))
 
     @classmethod
     def from_dict(cls, data: dict) -> "GraniteMoeConfig":

@@ -52,8 +52,9 @@ from torch.nn.modules.module import (  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
 import generate  # noqa: E402
+from engine.checkpoint import require  # noqa: E402
 from granitemoe import GraniteMoeForCausalLM as Model  # noqa: E402
-from granitemoe import KVCache, require  # noqa: E402
+from granitemoe import KVCache  # noqa: E402
 
 TINY = ROOT / "tiny"
 MAX_ROUNDS = 12

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import generate
-from granitemoe import GraniteMoeConfig, KVCache, require
+from engine.checkpoint import SPELLINGS, require
+from granitemoe import GraniteMoeConfig, KVCache
 from granitemoe import GraniteMoeForCausalLM as Model
 
 SHARED = {
@@ -62,7 +63,7 @@ def peer_of(model: Model, experts: str | None) -> Any:
         other = transformers.GraniteMoeForCausalLM(config)
     weights = dict(model.state_dict())
     head = weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    for new, old in generate.SPELLINGS.items():
+    for new, old in SPELLINGS.items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
     other.load_state_dict(weights, assign=True)
     rotary = type(other.model.rotary_emb)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from common import command
 
-from generate import TINY
+from generate import TINY, read_config
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
 
 COMMON = {
@@ -74,7 +74,7 @@ def main() -> None:
     folders = parser.parse_args().folders
     configs = {name: GraniteMoeConfig.from_dict(data) for name, data in RELEASED.items()}
     for folder in folders:
-        configs[folder.resolve().name] = GraniteMoeConfig.from_json(folder / "config.json")
+        configs[folder.resolve().name] = read_config(folder)
     print(table(configs))
 
 

@@ -48,7 +48,7 @@ from conftest import (
 )  # fmt: skip
 from safetensors.torch import load, save_file
 
-import generate
+from engine.checkpoint import SPELLINGS
 from generate import CheckpointError, load_model, load_tokenizer
 
 Change = Callable[[Path], None]
@@ -150,7 +150,7 @@ def shard_of(name: str, shard: object) -> Change:
 
 def renamed(*names: str) -> Change:
     """transformers' spelling in memory of some layers' experts, which it can also write."""
-    new = {stored: memory for memory, stored in generate.SPELLINGS.items()}
+    new = {stored: memory for memory, stored in SPELLINGS.items()}
 
     def spell(name: str) -> str:
         prefix, marker, tail = name.partition(".block_sparse_moe.")
