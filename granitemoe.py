@@ -2,6 +2,7 @@
 
 A decoder-only transformer whose feed-forward block is E small experts, of which a router picks K
 per token: Granite 3.0/3.1 1b-a400m (32 experts), 3b-a800m and PowerMoE-3b (40), all top-8.
+Read in order: config, norm and positions, attention, mixture of experts, model, language model.
 
 The whole model, for the ids of a sequence; lines 2 and 3 are one layer and repeat. The four scalars
 are the config's embedding_, residual_ and attention_multiplier (m_*) and logits_scaling:
@@ -21,10 +22,6 @@ What makes Granite Granite. Break any of these and the text stays fluent, but is
 - RMSNorm's casts: normalise in float32, cast back, and only then multiply by the weight.
 - dropless: no capacity, every token reaches all K experts that it chose.
 
-Reading order: GraniteMoeConfig, RMSNorm, rope_tables, rotate, attend_eager, Attention, Router,
-experts_one_token, sort_by_expert, experts_loop, experts_grouped, experts_gathered, MoE,
-DecoderLayer, KVCache, GraniteMoeModel, load_balancing_loss, GraniteMoeForCausalLM.
-
 Dimension key (one letter, one size; x_ND has shape (N, D)):
     B batch            T new tokens           S cached + new tokens   V vocabulary
     D hidden size      H query heads          G key/value heads       C head_dim = D / H
@@ -43,41 +40,15 @@ Numerics (as in transformers): everything runs in the dtype of the weights, exce
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Mask = Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: all that came before
-Past = tuple[Tensor, Tensor, int | Tensor]  # a layer's cached keys and values; where to write next
-
-POSITIVE = (1e-18, 1e18)  # below 2^63, which a JSON integer may pass and a tensor may not
-LIMITS = {  # field: lowest and highest value; integers for a field that is one
-    "vocab_size": (1, 2**24), "hidden_size": (2, 2**20), "intermediate_size": (1, 2**20),
-    "num_hidden_layers": (1, 2**10), "num_attention_heads": (1, 2**16),
-    "num_key_value_heads": (1, 2**16), "num_local_experts": (1, 2**16),
-    "num_experts_per_tok": (1, 2**16), "max_position_embeddings": (1, 2**31),
-    "rope_theta": POSITIVE, "rms_norm_eps": POSITIVE, "embedding_multiplier": POSITIVE,
-    "attention_multiplier": POSITIVE, "residual_multiplier": POSITIVE, "logits_scaling": POSITIVE,
-    "router_aux_loss_coef": (0.0, 1e18), "attention_dropout": (0.0, 1.0),
-    "initializer_range": POSITIVE,
-}  # fmt: skip
-CHOICES = {
-    "hidden_act": ("silu",),
-    "dtype": (None, "float32", "float16", "bfloat16"),
-    "attention_backend": ("eager", "sdpa", "flash"),
-    "experts_backend": ("auto", "loop", "batched"),
-    "tie_word_embeddings": (True, False),
-    "output_router_logits": (True, False),
-}
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def require(good: bool | Tensor, message: str) -> None:
-    """The one way in which bad input is refused. An assert would vanish under python -O."""
-    if not good:
-        raise ValueError(message)
-
-
+# ----------------------------------------------------------------------------------------- config
 @dataclass
 class GraniteMoeConfig:
     """The fields of config.json that the model uses, under their names there. Raises ValueError."""
@@ -107,42 +78,47 @@ class GraniteMoeConfig:
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     dtype: str | None = None  # of the weights on disk
-    attention_backend: str = "sdpa"  # ours: "eager", "sdpa" or "flash"
-    experts_backend: str = "auto"  # ours: "auto" (see pick_experts), "loop" or "batched"
+    attention_backend: str = "sdpa"  # ours: a name in ATTENTION
+    experts_backend: str = "auto"  # ours: "auto", "batched" or a name in EXPERTS
 
     def __post_init__(self) -> None:
-        for name, (low, high) in LIMITS.items():
-            value, whole = getattr(self, name), type(low) is int
-            good = type(value) in ((int,) if whole else (int, float)) and low <= value <= high
-            kind = "an integer" if whole else "a number"
-            require(good, f"{name}: must be {kind} from {low} to {high}, got {value!a:.60}")
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            good = any(type(value) is type(choice) and value == choice for choice in allowed)
-            require(good, f"{name}: must be one of {list(allowed)}, got {value!a:.60}")
+        for field in fields(self):  # whose annotations above say what they take
+            name, kind, value = field.name, field.type, getattr(self, field.name)
+            number = type(value) is int or (type(value) is float and kind is float)
+            most = 1 if name == "attention_dropout" else 2**31  # beyond, sizes and float32 overflow
+            positive = number and 0 < value <= most
+            if kind is int and not positive:
+                raise ValueError(f"{name}: must be an integer from 1 to {most}, got {value!a:.60}")
+            off = number and value == 0 and name in ("router_aux_loss_coef", "attention_dropout")
+            if kind is float and not (positive or off):
+                raise ValueError(f"{name}: must be a number over 0, to {most}, got {value!a:.60}")
+            if kind is bool and type(value) is not bool:
+                raise ValueError(f"{name}: must be true or false, got {value!a:.60}")
+        for name, allowed in {
+            "hidden_act": ["silu"], "dtype": [None, "float32", "float16", "bfloat16"],
+            "attention_backend": [*ATTENTION], "experts_backend": ["auto", "batched", *EXPERTS],
+        }.items():  # fmt: skip
+            if (got := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}: must be one of {allowed}, got {got!a:.60}")
         D, H, G = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        even = D % H == 0 and D // H % 2 == 0
-        require(even, f"hidden_size / num_attention_heads: must be even, got {D} / {H}")
-        require(H % G == 0, f"num_attention_heads: {H} is no multiple of num_key_value_heads {G}")
+        if D % (2 * H):
+            raise ValueError(f"hidden_size / num_attention_heads: must be even, got {D} / {H}")
+        if H % G:
+            raise ValueError(f"num_attention_heads: {H} is no multiple of num_key_value_heads {G}")
+        self.head_dim = D // H  # C; no field, since config.json has no key for it
         E, K = self.num_local_experts, self.num_experts_per_tok
-        require(K <= E, f"num_experts_per_tok: {K} is more than num_local_experts {E}")
+        if K > E:
+            raise ValueError(f"num_experts_per_tok: {K} is more than num_local_experts {E}")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value, last = getattr(self, name), self.vocab_size - 1
             ids = value if name == "eos_token_id" and type(value) is list else [value]
-            good = all(i is None or (type(i) is int and 0 <= i <= last) for i in ids)
-            require(good, f"{name}: must be null or from 0 to {last}, got {value!a:.60}")
-
-    @property
-    def head_dim(self) -> int:  # C
-        return self.hidden_size // self.num_attention_heads
+            if not all(i is None or (type(i) is int and 0 <= i <= last) for i in ids):
+                raise ValueError(f"{name}: must be null or from 0 to {last}, got {value!a:.60}")
 
     @classmethod
     def from_dict(cls, data: dict) -> "GraniteMoeConfig":
         """Take a parsed config.json as transformers 4 or 5 writes it; unknown keys are ignored.
-
-        Raises ValueError for a value that is missing or impossible, and for a feature that would
-        change the result and is not implemented.
-        """
+        Raises ValueError, also for features that change the result and are not implemented."""
         data = dict(data)
         for name in ("rope_scaling", "rope_parameters"):  # the older spelling, and the newer
             rope = data.get(name) or {}
@@ -153,74 +129,25 @@ class GraniteMoeConfig:
             data.setdefault(new, data.get(old, getattr(cls, new)))
         if data["dtype"] is not None:
             data["dtype"] = str(data["dtype"]).removeprefix("torch.")
-        for name, only in (
-            ("model_type", ["granitemoe"]),
-            ("rope_scaling", ["default"]),
-            ("rope_parameters", ["default"]),
-            ("attention_bias", [None, False]),
-            ("quantization_config", [None]),
-        ):
-            got = data.get(name)
-            require(got in only, f"{name}: only {only[-1]!r} is supported, got {got!a:.60}")
+        for name, only in {
+            "model_type": ["granitemoe"], "rope_scaling": ["default"], "rope_parameters": ["default"],
+            "attention_bias": [None, False], "quantization_config": [None],
+        }.items():  # fmt: skip
+            if (got := data.get(name)) not in only:
+                raise ValueError(f"{name}: only {only[-1]!r} is supported, got {got!a:.60}")
         known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         missing = [f.name for f in fields(cls) if f.name not in known and not hasattr(cls, f.name)]
-        require(not missing, f"missing: {', '.join(missing)}")
+        if missing:
+            raise ValueError(f"missing: {', '.join(missing)}")
         config, head_dim = cls(**known), data.get("head_dim")
-        good = head_dim in (None, config.head_dim)
-        require(good, f"head_dim: only hidden_size / heads is supported, got {head_dim!a:.60}")
+        if head_dim not in (None, config.head_dim):
+            raise ValueError(f"head_dim: must be hidden_size / heads, got {head_dim!a:.60}")
         return config
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., inputs) times weight (outputs, inputs).
-
-    Two detours on a CPU: one row alone is taken as a column, which streams the weight up to twice
-    as fast; many rows in 16 bits are filled up to a multiple of 16, since oneDNN compiles a kernel
-    for each number of rows, which would double the time of a first prompt.
-    """
-    rows, cpu = x.shape[:-1].numel(), x.device.type == "cpu"
-    if torch.compiler.is_compiling():
-        return matvec(weight, x) if rows == 1 else F.linear(x, weight)
-    if cpu and rows == 1:
-        return (weight @ x.reshape(-1, 1)).view(*x.shape[:-1], -1)
-    if cpu and rows > 64 and rows % 16 and x.element_size() == 2:
-        filled = F.pad(x.flatten(0, -2), (0, 0, 0, -rows % 16))
-        return F.linear(filled, weight)[:rows].view(*x.shape[:-1], -1)
-    return F.linear(x, weight)
-
-
-def matvec(weights: Tensor, x: Tensor) -> Tensor:
-    """weights (..., outputs, inputs) times x (..., inputs), as (..., outputs)."""
-    if torch.compiler.is_compiling():  # a sum of products, into which a fetch of weights fuses
-        return (weights.float() * x[..., None, :].float()).sum(dim=-1).to(x.dtype)
-    return (weights @ x[..., None])[..., 0]
-
-
-class Linear(nn.Module):
-    """A matrix (outputs, inputs), or with `experts` one for each expert (E, outputs, inputs)."""
-
-    def __init__(self, inputs: int, outputs: int, *experts: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(*experts, outputs, inputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
-
-
-def initialise(module: nn.Module, std: float) -> None:
-    """Random matrices; norms stay 1, and the meta device, where nothing has values, is left out."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1 and not parameter.is_meta:
-            nn.init.normal_(parameter, std=std)
-
-
-class RMSNorm(nn.Module):
+# ----------------------------------------------------------------------------- norm and positions
+class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
@@ -241,79 +168,74 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def triangle(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S): what T causal queries see of S keys, the last query all of them."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+def initialise(module: nn.Module, std: float) -> None:
+    """Random matrices; norms stay 1. The meta device, where nothing has values, is left out."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1 and not parameter.is_meta:
+            nn.init.normal_(parameter, std=std)
+
+
+# -------------------------------------------------------------------------------------- attention
+Mask = Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: all that came before
 
 
 def attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
     """softmax(q k^T * scale) v, spelled out; query head h reads key/value head h // (H / G).
-
-    q (B, H, T, C); k, v (B, G, S, C); drop: dropout probability. Returns (B, H, T, C).
-    """
+    q (B, H, T, C); k, v (B, G, S, C); drop: dropout probability. Returns (B, H, T, C)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * scale  # (B, H, T, S)
-    mask = triangle(*scores.shape[-2:], q.device) if mask is None else mask
+    if mask is None:  # the last query sees all keys, each one before it a key less
+        mask = torch.ones_like(scores, dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     scores = scores.masked_fill(~mask, -math.inf)
     return F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), drop) @ v
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """The same through the fused kernel that PyTorch chooses."""
+    """PyTorch's scaled_dot_product_attention, which never holds all scores at once."""
     T, S, G = q.shape[2], k.shape[2], k.shape[1]
     if T == 1:  # the query heads of one key head become its rows, so that it is read once
-        y = F.scaled_dot_product_attention(
-            q.view(len(q), G, -1, q.shape[3]), k, v, mask, drop, scale=scale
-        )
-        return y.reshape(q.shape)  # on CUDA a kernel may have transposed it
-    if mask is None and drop == 0 and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend_in_blocks(q, k, v, scale)
+        rows = q.view(len(q), G, -1, q.shape[3])
+        return F.scaled_dot_product_attention(rows, k, v, mask, drop, scale=scale).reshape(q.shape)
     if mask is None and T < S:  # is_causal ties the triangle to the first key, not to the last
-        mask = triangle(T, S, q.device)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     options = {"is_causal": mask is None, "scale": scale, "enable_gqa": True}
     return F.scaled_dot_product_attention(q, k, v, mask, drop, **options)
 
 
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The same for 64 queries at a time, whose scores stay in the processor's cache: for a prompt
-    in bfloat16 on a CPU, where PyTorch's kernel takes twice as long."""
-    T, G, S = q.shape[2], k.shape[1], k.shape[2]
-    grouped = q.unflatten(1, (G, -1)).flatten(0, 1)  # the query heads of one key head in a row
-    k, v = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
-    blocks = []
-    for start in range(0, T, 64):
-        queries = grouped[:, :, start : start + 64]
-        heads, t = queries.shape[1:3]
-        end, rows = S - T + start + t, queries.flatten(1, 2)  # the last query sees `end` keys
-        scores = torch.baddbmm(q.new_zeros(1), rows, k[:, :, :end], beta=0, alpha=scale)
-        own = scores.unflatten(1, (heads, t))[..., end - t :]  # of these queries' own keys
-        own += q.new_full((t, t), -math.inf).triu(1)
-        blocks.append((scores.softmax(dim=-1) @ v[:, :end]).view_as(queries))
-    return torch.cat(blocks, dim=2).view_as(q)
-
-
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """The same through PyTorch's flash kernel or not at all: else it raises ValueError."""
-    device, T, S, aten = q.device.type, q.shape[2], k.shape[2], torch.ops.aten
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    for good, why in (
-        (mask is None, "takes no padding mask"),
-        (device in ("cpu", "cuda"), f"does not run on {device}"),
-        (device == "cpu" or half, f"needs float16 or bfloat16 on CUDA, not {q.dtype}"),
-        (device == "cuda" or drop == 0, "has no dropout on the CPU"),
-        (device == "cpu" or q.shape[3] % 8 == 0, "needs a head_dim that 8 divides on CUDA"),
-        (device == "cpu" or q.shape[3] <= 256, "needs a head_dim of at most 256 on CUDA"),
-    ):
-        require(good, f"attention_backend: 'flash' {why}; use 'sdpa' or 'eager'")
-    names = {"cpu": "_scaled_dot_product_flash_attention_for_cpu"}
-    flash = getattr(aten, names.get(device, "_scaled_dot_product_flash_attention"))
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    """The same by its flash kernel alone. Raises ValueError if that cannot run."""
+    T, S = q.shape[2], k.shape[2]
+    if mask is not None:
+        raise ValueError("attention_backend: 'flash' takes no padding mask; use 'sdpa' or 'eager'")
     if 1 < T < S:  # here too the triangle starts at the first key: let the queries fill it up
         q = F.pad(q, (0, 0, S - T, 0))
-    return flash(q, k, v, drop, is_causal=T > 1, scale=scale)[0][:, :, -T:]
+    options = {"is_causal": T > 1, "scale": scale, "enable_gqa": True}
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, None, drop, **options)[:, :, -T:]
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        where = f"on {q.device} in {q.dtype}, head_dim {q.shape[3]}, dropout {drop}"
+        raise ValueError(f"attention_backend: 'flash' cannot run {where}; use 'sdpa'") from None
 
 
-ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flash": attend_flash}
+ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flash": attend_flash}  # open: add yours
+
+
+class Past(NamedTuple):
+    """What one layer keeps of earlier tokens: slots for keys and values (B, G, max_length, C)."""
+
+    keys: Tensor
+    values: Tensor
+    at: int  # the slot of the next token
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, G, T, C) of new tokens; returns all so far (B, G, S, C)."""
+        end = self.at + k.shape[2]
+        self.keys[:, :, self.at : end] = k
+        self.values[:, :, self.at : end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -323,8 +245,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         D, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj, self.o_proj = Linear(D, D), Linear(D, D)
-        self.k_proj, self.v_proj = Linear(D, kv), Linear(D, kv)
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, kv, bias=False)
+        self.v_proj = nn.Linear(D, kv, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, rope: list[Tensor], mask: Mask, past: Past | None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -332,20 +256,21 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(heads).transpose(1, 2) for proj in projections)  # (B, H or G, T, C)
         q, k = rotate(torch.cat((q, k), dim=1), *rope).split((q.shape[1], k.shape[1]), dim=1)
         if past is not None:
-            k, v = append(past[0], k, past[2]), append(past[1], v, past[2])  # (B, G, S, C)
+            k, v = past.append(k, v)  # (B, G, S, C)
         attend = ATTENTION[self.config.attention_backend]
         drop = self.config.attention_dropout if self.training else 0.0
         y = attend(q, k, v, mask, self.config.attention_multiplier, drop)  # (B, H, T, C)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
+# ----------------------------------------------------------------------------- mixture of experts
 class Router(nn.Module):
     """Scores the experts for each token and chooses K of them."""
 
     def __init__(self, config: GraniteMoeConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.layer = Linear(config.hidden_size, config.num_local_experts)
+        self.layer = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits (float32), the K routing weights, which sum to 1, and the experts' ids."""
@@ -361,21 +286,22 @@ def swiglu(packed: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def experts_one_token(
+def experts_loop(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """The equation as it stands, for N = 1: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where
-    expert e is the k-th choice. Returns y_ND."""
-    experts = expert_ids_NK[0].tolist()  # waits for the device
-    rows_KP = torch.cat([gate_up_EPD[e] @ x_ND.T for e in experts]).view(len(experts), -1)
-    columns = swiglu(rows_KP)[:, :, None]  # a matrix times a column, as in linear
-    outputs = torch.cat([down_EDF[e] @ h for e, h in zip(experts, columns, strict=True)])
-    return weights_NK @ outputs.view(len(experts), -1)
+    """The definition: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where expert e is the k-th
+    choice of token x. One expert at a time, on the tokens that chose it. Returns y_ND."""
+    y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+    for e in expert_ids_NK.unique().tolist():  # synchronises with the host
+        tokens, slots = (expert_ids_NK == e).nonzero(as_tuple=True)
+        hidden = swiglu(F.linear(x_ND[tokens], gate_up_EPD[e]))
+        rows = F.linear(hidden, down_EDF[e]).to(y_ND.dtype)
+        y_ND.index_add_(0, tokens, rows * weights_NK[tokens, slots, None])
+    return y_ND.to(x_ND.dtype)
 
 
 def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     """Line up the M = N*K assignments by expert.
-
     Returns order_M (places in the flattened choices), tokens_M (the token of each) and ends_E
     (int32, where each expert's run ends; an expert without tokens has an empty run).
 
@@ -400,43 +326,22 @@ def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tenso
     return order_M, order_M // expert_ids_NK.shape[1], ends_E
 
 
-def combine(rows_MD: Tensor, order_M: Tensor, weights_NK: Tensor) -> Tensor:
-    """Undo the sorting, then y_ND: the sum of each token's K rows times its routing weights."""
-    out_NKD = rows_MD[order_M.argsort()].view(*weights_NK.shape, -1)
-    return (weights_NK[:, None] @ out_NKD)[:, 0]
-
-
-def experts_loop(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """The same for every token: one expert at a time, on the tokens that chose it. Returns y_ND."""
-    if len(x_ND) == 1:
-        return experts_one_token(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
-    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
-    weights_M = weights_NK.flatten()[order_M]
-    y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
-    start = 0
-    for e, end in enumerate(ends_E.tolist()):  # waits for the device
-        if start < end:
-            tokens, weights = tokens_M[start:end], weights_M[start:end, None]
-            hidden = swiglu(linear(x_ND[tokens], gate_up_EPD[e]))
-            y_ND.index_add_(0, tokens, linear(hidden, down_EDF[e]).to(y_ND.dtype) * weights)
-        start = end
-    return y_ND.to(x_ND.dtype)
-
-
 def experts_grouped(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """The same for many tokens: the loop is inside two grouped products. Returns y_ND."""
+    """For many tokens: the loop over experts is inside two grouped products, which in bfloat16 on
+    compute capability 9 and 10 never synchronise with the host. Returns y_ND."""
     order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
     rows_MP = grouped_product(x_ND[tokens_M], gate_up_EPD, ends_E)
     rows_MD = grouped_product(swiglu(rows_MP), down_EDF, ends_E)
-    return combine(rows_MD, order_M, weights_NK)
+    out_NKD = rows_MD[order_M.argsort()].view(*weights_NK.shape, -1)  # as before the sorting
+    return (weights_NK[:, None] @ out_NKD)[:, 0]
 
 
 def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
     """Each expert's matrix (outputs, inputs) times its own run of rows (M, inputs)."""
+    if rows.dtype == torch.float64:
+        raise ValueError(f"experts_backend: 'grouped' cannot run on {rows.device} in {rows.dtype}")
     _, outputs, inputs = weights.shape
     odd_out, odd_in = (-size % (16 // rows.element_size()) for size in (outputs, inputs))
     if odd_out or odd_in:  # the kernel wants rows of whole 16 bytes, as all released sizes are
@@ -447,34 +352,33 @@ def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
 def experts_gathered(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
-    """The same for a few tokens: fetch each assignment's own matrices, then two batched products.
-
-    Reads the chosen experts alone; compiled, the fetch fuses into the product. Returns y_ND.
-    """
-    rows_NKP = matvec(gate_up_EPD[expert_ids_NK], x_ND[:, None])
-    out_NKD = matvec(down_EDF[expert_ids_NK], swiglu(rows_NKP))
+    """For a few tokens: gathers each assignment's own matrices, then multiplies them in two batched
+    products. Reads the chosen experts alone and never synchronises with the host. Returns y_ND."""
+    rows_NKP = (gate_up_EPD[expert_ids_NK] @ x_ND[:, None, :, None])[..., 0]
+    out_NKD = (down_EDF[expert_ids_NK] @ swiglu(rows_NKP)[..., None])[..., 0]
     return (weights_NK[:, None] @ out_NKD)[:, 0]
 
 
-def experts_batched(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """No loop, no wait for the device: gathered while assignments are no more than experts.
-
-    PyTorch's grouped product keeps that promise in bfloat16 on compute capability 9 and 10; other
-    cards and dtypes wait in it.
-    """
-    few = expert_ids_NK.numel() <= len(gate_up_EPD)
-    experts = experts_gathered if few else experts_grouped
-    return experts(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
+EXPERTS = {"loop": experts_loop, "grouped": experts_grouped, "gathered": experts_gathered}  # open
 
 
-EXPERTS = {"loop": experts_loop, "batched": experts_batched}
+def choose_experts(backend: str, device: torch.device, assignments: int, E: int) -> str:
+    """The name in EXPERTS of the form that runs; it is decided here and nowhere else.
+    "auto" is "batched" on CUDA, where synchronising with the host costs most, and "loop" elsewhere.
+    "batched" is "gathered" while assignments are no more than experts, and "grouped" beyond."""
+    if backend == "auto":
+        backend = "batched" if device.type == "cuda" else "loop"
+    if backend == "batched":
+        backend = "gathered" if assignments <= E else "grouped"
+    return backend
 
 
-def pick_experts(backend: str, device: torch.device) -> str:
-    """What "auto" means on a device: "batched" on CUDA, where waiting costs most, else "loop"."""
-    return backend if backend != "auto" else "batched" if device.type == "cuda" else "loop"
+class ExpertWeights(nn.Module):
+    """One matrix for each expert (E, outputs, inputs); the forms of the experts multiply by it."""
+
+    def __init__(self, experts: int, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, outputs, inputs))
 
 
 class MoE(nn.Module):
@@ -484,19 +388,20 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         E, D, width = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.input_linear = Linear(D, 2 * width, E)  # gate rows first, then up
-        self.output_linear = Linear(width, D, E)
+        self.input_linear = ExpertWeights(E, 2 * width, D)  # gate rows first, then up
+        self.output_linear = ExpertWeights(E, D, width)
         self.router = Router(config)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        x_ND = x_BTD.flatten(0, 1)
+        x_ND, backend = x_BTD.flatten(0, 1), self.config.experts_backend
         logits_NE, weights_NK, expert_ids_NK = self.router(x_ND)
-        experts = EXPERTS[pick_experts(self.config.experts_backend, x_ND.device)]
-        gate_up_EPD, down_EDF = self.input_linear.weight, self.output_linear.weight
-        y_ND = experts(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
+        name = choose_experts(backend, x_ND.device, weights_NK.numel(), logits_NE.shape[1])
+        weights = (self.input_linear.weight, self.output_linear.weight)
+        y_ND = EXPERTS[name](x_ND, *weights, weights_NK, expert_ids_NK)
         return y_ND.view_as(x_BTD), logits_NE
 
 
+# ------------------------------------------------------------------------------------------ model
 class DecoderLayer(nn.Module):
     """Attention, then experts, each on the normalised stream and added back to it, damped."""
 
@@ -519,111 +424,68 @@ class DecoderLayer(nn.Module):
 
 class KVCache:
     """Keys and values of the tokens seen, (layers, B, G, max_length, C) each, allocated once.
-
-    `length` counts the slots filled. Memory that no token has filled is not touched.
-    """
+    `length` counts the slots filled; the memory of others is not touched."""
 
     def __init__(
-        self,
-        config: GraniteMoeConfig,
-        batch_size: int,
-        max_length: int,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+        self, config: GraniteMoeConfig, batch_size: int, max_length: int,
+        *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            good = type(value) is int and value > 0
-            require(good, f"{name}: must be an integer >= 1, got {value!r:.60}")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: must be an integer >= 1, got {value!r:.60}")
         heads = (config.num_key_value_heads, max_length, config.head_dim)
         shape = (config.num_hidden_layers, batch_size, *heads)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-        self.slots: Tensor | None = None
+        self.values = torch.empty_like(self.keys)
+        self.length, self.max_length = 0, max_length
 
-    @property
-    def max_length(self) -> int:
-        return self.keys.shape[3]
+    def slots(self, T: int) -> Tensor:
+        """(T,): where the next T tokens go."""
+        return torch.arange(self.length, self.length + T, device=self.keys.device)
 
-    def write_at(self, slots: Tensor | None) -> None:
-        """Let the next steps write the slots (T,) that a tensor names: as its values change and its
-        shape does not, such a step can be captured and replayed. None goes back to `length`."""
-        self.slots = slots
-        for cached in (self.keys, self.values):
-            cached[:, :, :, self.length :] = 0.0  # a mask hides numbers, but not NaN
+    def span(self, T: int) -> int:
+        """S: how many slots the attention of the next T tokens goes over."""
+        return self.length + T
 
-
-def append(cached: Tensor, new: Tensor, at: int | Tensor) -> Tensor:
-    """Write new (B, G, T, C) into cached (B, G, max_length, C) from slot `at` on.
-
-    Returns what is filled, (B, G, S, C); where `at` is a tensor of T slots, everything.
-    """
-    if isinstance(at, Tensor):
-        return cached.index_copy_(2, at, new)
-    end = at + new.shape[2]
-    cached[:, :, at:end] = new
-    return cached[:, :, :end]
+    def layer(self, i: int) -> Past:
+        return Past(self.keys[i], self.values[i], self.length)
 
 
-def visible(slots: Tensor, S: int, attention_mask: Tensor | None) -> Tensor:
-    """(B or 1, 1, T, S), True where the query in each of the T slots may look: back, at no padding.
-
-    A query before its row's first token would see nothing; it sees everything, since no softmax may
-    be empty, and its result means nothing.
-    """
-    mask = (torch.arange(S, device=slots.device) <= slots[:, None])[None, None]
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None, None, :].bool()
-        mask = mask | ~mask.any(dim=-1, keepdim=True)
-    return mask
+def visible(slots: Tensor, attention_mask: Tensor) -> Tensor:
+    """(B, 1, T, S), True where the query in each of the T slots may look: back, at no padding.
+    One of padding before a row's first token sees all, since no softmax may be empty."""
+    causal = torch.arange(attention_mask.shape[1], device=slots.device) <= slots[:, None]
+    mask = causal[None, None] & attention_mask[:, None, None, :].bool()
+    return mask | ~mask.any(dim=-1, keepdim=True)
 
 
-def check_shapes(
-    config: GraniteMoeConfig,
-    dtype: torch.dtype,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache: KVCache | None,
-) -> None:
-    """Raises ValueError for inputs that do not fit each other, the model or the cache."""
-
-    def fits(name: str, x: Tensor | None, *shapes: tuple, boolean: bool = False) -> None:
-        kinds = (torch.int64, torch.int32) + (torch.bool,) * boolean
-        good = x is None or (isinstance(x, Tensor) and x.dtype in kinds and x.shape in shapes)
-        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        require(good, f"{name}: must be integers of shape {shapes[0]}, got {found}")
-
-    shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else ()
-    fits("input_ids", input_ids, shape if len(shape) == 2 and 0 not in shape else ("B", "T"))
-    B, T = shape
-    S = T + (cache.length if cache else 0)
-    if cache:
-        require(cache.max_length >= S, f"cache: {S} tokens do not fit in {cache.max_length}")
-        found = (*cache.keys.shape[:3], cache.keys.shape[4], cache.keys.dtype)
-        kind = (config.num_hidden_layers, B, config.num_key_value_heads, config.head_dim, dtype)
-        names = "(layers, batch, heads, head_dim, dtype)"
-        require(found == kind, f"cache: {names} must be {kind}, is {found}")
-        S = S if cache.slots is None else cache.max_length
-    fits("position_ids", position_ids, (B, T), (1, T))
-    fits("attention_mask, cached tokens included", attention_mask, (B, S), boolean=True)
-
-
-def check_values(
-    config: GraniteMoeConfig, input_ids: Tensor, attention_mask: Tensor | None, begins: bool
-) -> None:
-    """Raises ValueError for ids and masks that mean nothing. On the CPU only, where looking is
-    free; elsewhere it would wait for the device at every step."""
-    low, high = (int(x) for x in input_ids.aminmax())
-    good = low >= 0 and high < config.vocab_size
-    require(good, f"input_ids: must be from 0 to {config.vocab_size - 1}, got {low} to {high}")
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        require(real.eq(attention_mask).all(), "attention_mask: must be 0 and 1")
-        runs = (F.pad(real, (1, 0)).int().diff(dim=1) == 1).sum(dim=1)
-        good = (runs <= 1).all() and (runs.all() or not begins)  # a chunk may be all padding
-        require(good, "attention_mask: must have one unbroken run of 1 in each row")
+def check_inputs(
+    model: "GraniteMoeModel", input_ids: Tensor, attention_mask: Tensor | None,
+    position_ids: Tensor | None, cache: KVCache | None,
+) -> None:  # fmt: skip
+    """Raises ValueError for shapes and dtypes that do not fit each other, the model or the cache.
+    Values are not looked at, since that would synchronise with the host."""
+    integers = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32)
+    if not integers or input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError("input_ids: must be a tensor of integers (B, T), and not empty")
+    B, T = input_ids.shape
+    S = T if cache is None else cache.span(T)
+    for name, x, shapes in (
+        ("position_ids", position_ids, [(B, T), (1, T)]),
+        ("attention_mask, cached tokens included", attention_mask, [(B, S)]),
+    ):
+        if x is not None and (x.is_floating_point() or tuple(x.shape) not in shapes):
+            raise ValueError(
+                f"{name}: must be integers {shapes[0]}, got {x.dtype} {tuple(x.shape)}"
+            )
+    if cache is not None:
+        c, dtype = model.config, model.embed_tokens.weight.dtype
+        expected = (c.num_hidden_layers, B, c.num_key_value_heads, c.head_dim, dtype)
+        got = (*cache.keys.shape[:3], cache.keys.shape[4], cache.keys.dtype)
+        if got != expected:
+            raise ValueError(f"cache: (layers, B, G, C, dtype) must be {expected}, is {got}")
+        if cache.max_length < S:
+            raise ValueError(f"cache: {S} tokens do not fit in {cache.max_length}")
 
 
 class GraniteMoeModel(nn.Module):
@@ -632,53 +494,42 @@ class GraniteMoeModel(nn.Module):
     def __init__(self, config: GraniteMoeConfig) -> None:
         super().__init__()
         self.config = config
-        empty = torch.empty(config.vocab_size, config.hidden_size)  # see initialise
+        empty = torch.empty(config.vocab_size, config.hidden_size)  # filled by initialise
         self.embed_tokens = nn.Embedding(*empty.shape, config.pad_token_id, _weight=empty)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.token_step = DecoderLayer.__call__  # may be replaced by its compiled form
         initialise(self, config.initializer_range)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, cache: KVCache | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """ids (B, T) to hidden states (B, T, D) and each layer's router logits (N, E)."""
-        dtype = self.embed_tokens.weight.dtype
-        check_shapes(self.config, dtype, input_ids, attention_mask, position_ids, cache)
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_values(self.config, input_ids, attention_mask, begins=cache is None)
-        T, start = input_ids.shape[1], cache.length if cache else 0
-        slots, at = torch.arange(start, start + T, device=input_ids.device), start
-        if fixed := cache is not None and cache.slots is not None:
-            slots = at = cache.slots
+        check_inputs(self, input_ids, attention_mask, position_ids, cache)
+        T = input_ids.shape[1]
+        slots = torch.arange(T, device=input_ids.device) if cache is None else cache.slots(T)
         x = self.embed_tokens(input_ids) * self.config.embedding_multiplier  # (B, T, D)
         positions = slots[None] if position_ids is None else position_ids
-        rope, mask = rope_tables(positions, self.config, dtype), None
-        if fixed or attention_mask is not None:
-            mask = visible(slots, cache.max_length if fixed else start + T, attention_mask)
-        run = self.token_step if T == 1 else DecoderLayer.__call__
+        rope = rope_tables(positions, self.config, x.dtype)
+        mask = None if attention_mask is None else visible(slots, attention_mask)
         router_logits = []
         for i, layer in enumerate(self.layers):
-            past = (cache.keys[i], cache.values[i], at) if cache else None
-            x, logits = run(layer, x, rope, mask, past)
+            past = None if cache is None else cache.layer(i)
+            x, logits = layer(x, rope, mask, past)
             router_logits.append(logits)
-        if cache:
+        if cache is not None:
             cache.length += T
         return self.norm(x), tuple(router_logits)
 
 
+# --------------------------------------------------------------------------------- language model
 def load_balancing_loss(
     router_logits: tuple[Tensor, ...], top_k: int, attention_mask: Tensor | None = None
 ) -> Tensor:
     """E * sum_e (choices of e per token) * (mean probability of e), over all layers' real tokens.
 
     router_logits: (N, E) a layer; attention_mask: (B, T), 0 for padding. Perfect balance gives
-    exactly K (arXiv 2101.03961, eq. 4-6, with the K slots summed).
-    """
+    exactly K (arXiv 2101.03961, eq. 4-6, with the K slots summed)."""
     probs = torch.cat(router_logits).softmax(dim=-1)  # (layers * N, E)
     chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k, dim=-1).indices, 1.0)
     real = probs.new_ones(len(probs), 1)
@@ -706,19 +557,15 @@ class GraniteMoeForCausalLM(nn.Module):
         self.config = config
         self.model = GraniteMoeModel(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
             initialise(self.lm_head, config.initializer_range)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        labels: Tensor | None = None,
-        output_router_logits: bool | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, cache: KVCache | None = None,
+        labels: Tensor | None = None, output_router_logits: bool | None = None,
         logits_to_keep: int = 0,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutput:  # fmt: skip
         """Predict the token after each of input_ids (B, T).
 
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; S counts cached tokens.
@@ -726,27 +573,23 @@ class GraniteMoeForCausalLM(nn.Module):
         labels (B, T): shifted inside, -100 is ignored; the loss is the mean in nats, plus the
         auxiliary loss times its coefficient where router logits are asked for.
         logits_to_keep: compute only so many last positions; 0 computes all.
-        Raises ValueError for inputs that do not fit each other, the model or the cache.
-        """
-        require(logits_to_keep >= 0, f"logits_to_keep: must be >= 0, got {logits_to_keep}")
+        Raises ValueError for inputs that do not fit each other, the model or the cache."""
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep: must be >= 0, got {logits_to_keep}")
+        c, asked = self.config, output_router_logits
         x, router_logits = self.model(input_ids, attention_mask, position_ids, cache)
-        x = x[:, -logits_to_keep:].contiguous()
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        output = CausalLMOutput(linear(x, head.weight) / self.config.logits_scaling)
+        head = self.model.embed_tokens if c.tie_word_embeddings else self.lm_head
+        logits = F.linear(x[:, -logits_to_keep:], head.weight) / c.logits_scaling
+        output = CausalLMOutput(logits)
         if labels is not None:
-            shifted = output.logits[:, :-1].float().flatten(0, 1)
-            output.loss = F.cross_entropy(
-                shifted, labels[:, 1:].flatten().long(), ignore_index=-100
-            )
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        if output_router_logits:
+            shifted = logits[:, :-1].float().flatten(0, 1)
+            output.loss = F.cross_entropy(shifted, labels[:, 1:].flatten().long())
+        if asked or (asked is None and c.output_router_logits):
             output.router_logits = router_logits
             real = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-            top_k = self.config.num_experts_per_tok
-            output.aux_loss = load_balancing_loss(router_logits, top_k, real)
+            output.aux_loss = load_balancing_loss(router_logits, c.num_experts_per_tok, real)
             if labels is not None:
-                output.loss = output.loss + self.config.router_aux_loss_coef * output.aux_loss
+                output.loss = output.loss + c.router_aux_loss_coef * output.aux_loss
         return output
 
     def num_parameters(self, active: bool = False) -> int:

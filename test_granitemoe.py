@@ -29,6 +29,9 @@ from transformers import GraniteMoeForCausalLM as Theirs
 
 import generate
 import granitemoe
+from engine import cpu
+from engine.checkpoint import read_config
+from engine.cuda import FixedCache
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 
 transformers.utils.logging.disable_progress_bar()
@@ -36,7 +39,7 @@ transformers.utils.logging.disable_progress_bar()
 LOGITS, GRADIENTS = 3e-6, 1e-5  # relative L2 errors allowed in float32
 B, T = 5, 11
 LENGTHS = [T, 4, 7, 1, T - 1]  # of the rows, where they are padded
-BACKENDS = list(itertools.product(("eager", "sdpa", "flash"), ("loop", "batched")))
+BACKENDS = [*itertools.product(("eager", "sdpa", "flash"), ("loop", "batched")), ("blocks", "runs")]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICES = ("cpu", pytest.param("cuda", marks=cuda))
 backends = pytest.mark.parametrize("attention, experts", BACKENDS)
@@ -132,7 +135,8 @@ def pairs(tmp_path_factory) -> dict[str, Pair]:
         fill(model, seed)
         model.save_pretrained(folder := tmp_path_factory.mktemp(name), **options)
         theirs = Theirs.from_pretrained(folder, dtype=torch.float32).eval()
-        made[name] = Pair(folder, theirs, generate.load_model(folder, dtype="float32"))
+        plain = {"attention_backend": "sdpa", "experts_backend": "loop"}
+        made[name] = Pair(folder, theirs, generate.load_model(folder, dtype="float32", **plain))
     return made
 
 
@@ -368,34 +372,11 @@ def test_attention_in_blocks(T, past):
     *leaves, upstream = (torch.randn(x, generator=rng) for x in shapes)
     for leaf in leaves:
         leaf.requires_grad_()
-    blocks = granitemoe.attend_in_blocks(*leaves, 0.3)
+    blocks = cpu.attend_blocks(*leaves, None, 0.3, 0.0)
     eager = granitemoe.attend_eager(*leaves, None, 0.3, 0.0)
     pairs = [torch.autograd.grad(y, leaves, upstream) for y in (blocks, eager)]
     for ours, exact in zip((blocks, *pairs[0]), (eager, *pairs[1]), strict=True):
         assert relative(ours, exact) <= LOGITS
-
-
-def test_a_prompt_in_bfloat16_goes_in_blocks(one, monkeypatch):
-    model, sizes = with_backends(one.ours, "sdpa", "loop").bfloat16(), []
-    blocks = granitemoe.attend_in_blocks
-    spy = lambda q, *rest: sizes.append(q.shape[2]) or blocks(q, *rest)  # noqa: E731
-    monkeypatch.setattr(granitemoe, "attend_in_blocks", spy)
-    cache = KVCache(model.config, B, T, dtype=torch.bfloat16)
-    for chunk in random_ids(model.config).split((6, T - 7, 1), dim=1):
-        model(chunk, cache=cache)
-    assert set(sizes) == {6, T - 7}
-
-
-@pytest.mark.parametrize("rows", (1, 2, 64, 65, 80, 90))
-def test_linear_takes_any_number_of_rows(rows):
-    """The detours for one row, and for numbers of rows of which oneDNN would compile each."""
-    rng, kind = torch.Generator().manual_seed(rows), {"dtype": torch.bfloat16}
-    x, weight = (torch.randn(n, 24, generator=rng).to(**kind).requires_grad_() for n in (rows, 7))
-    y = granitemoe.linear(x.view(rows, 1, 24), weight)
-    exact = x.double() @ weight.double().T
-    assert y.shape == (rows, 1, 7) and relative(y[:, 0], exact) <= 4e-3
-    grads = (torch.autograd.grad(z.sum(), (x, weight)) for z in (y, exact))
-    assert all(relative(a, b) <= 8e-3 for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("side", (None, "left"))
@@ -422,18 +403,19 @@ def test_chunks_through_the_cache(one, chunks, attention, experts, side):
 @pytest.mark.parametrize("side", (None, "left"))
 @torch.no_grad()
 def test_cache_with_fixed_shapes(one, side):
-    """`write_at`, the form that a captured graph replays, writes and reads as the plain one."""
+    """FixedCache, in which a captured graph steps, writes and reads as the plain one."""
     config, inputs = one.ours.config, padding(side)
     ids, cache = random_ids(config), KVCache(config, B, 16)
     parts = [one.ours(ids[:, :6], cache=cache, **{k: x[:, :6] for k, x in inputs.items()}).logits]
-    cache.write_at(slots := torch.tensor([6]))
+    fixed = FixedCache(cache, slots := torch.tensor([6]))
     for t in range(6, T):
         slots.fill_(t)
-        cache.length = 6  # a replay runs no Python: length stays
-        step = {k: x[:, t, None] for k, x in inputs.items()}
+        step = {"attention_mask": torch.ones(B, 16, dtype=torch.long)}
         if side:
+            step = {k: x[:, t, None] for k, x in inputs.items()}
             step["attention_mask"] = F.pad(inputs["attention_mask"], (0, 16 - T), value=1)
-        parts.append(one.ours(ids[:, t, None], cache=cache, **step).logits)
+        parts.append(one.ours(ids[:, t, None], cache=fixed, **step).logits)
+    assert cache.length == 6, "a replay runs no Python: who replays counts"
     whole = one.ours(ids, **inputs).logits
     a, b = (x.flatten(0, 1)[real(inputs)] for x in (torch.cat(parts, 1), whole))
     assert relative(a, b) <= LOGITS
@@ -607,8 +589,8 @@ def test_bfloat16_casts_where_theirs_does(one, monkeypatch, late_cast):
 
 # ----------------------------------------------------------------- the three forms of the experts
 
-NAMES = ("experts_loop", "experts_grouped", "experts_gathered", "experts_batched")
-forms = pytest.mark.parametrize("form", [getattr(granitemoe, name) for name in NAMES], ids=NAMES)
+NAMES = ("loop", "grouped", "gathered", "runs", "fused")
+forms = pytest.mark.parametrize("form", [granitemoe.EXPERTS[name] for name in NAMES], ids=NAMES)
 ROUTINGS = {  # the chosen of 5 experts, a row for each token
     "every expert": [[0, 1], [2, 3], [4, 0], [3, 1], [1, 4], [2, 0], [4, 3]],
     "first, middle and last empty": [[1, 3], [3, 1], [1, 3]],
@@ -633,7 +615,7 @@ def experts_dense(x, gate_up, down, weights, ids):
 def test_expert_forms(form, routing, D, width, dtype, device="cpu"):
     """Each equals the dense sum, with the gradients of tokens, both weights and routing weights, in
     sizes that the grouped kernel takes as they are and in others, which must be padded for it."""
-    if dtype == torch.float64 and form.__name__ in ("experts_grouped", "experts_batched"):
+    if dtype == torch.float64 and form.__name__ == "experts_grouped":
         pytest.skip("PyTorch's grouped product takes no float64")
     rng, ids = torch.Generator().manual_seed(0), torch.tensor(ROUTINGS[routing])
     shapes = ((len(ids), D), (5, 2 * width, D), (5, D, width), ids.shape, (len(ids), D))
@@ -726,7 +708,7 @@ def test_released_configs(name, tmp_path):
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     new = json.loads(theirs.to_json_string(use_diff=False))
     assert "rope_parameters" in new and not {"rope_theta", "torch_dtype"} & new.keys()
-    config = generate.read_config(tmp_path)
+    config = read_config(tmp_path)
     assert config == GraniteMoeConfig.from_dict(old) == GraniteMoeConfig.from_dict(new)
     fields = dataclasses.asdict(config)
     for name in fields.keys() & old.keys():

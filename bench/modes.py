@@ -6,13 +6,14 @@ name for it in MODES.
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import generate
+from engine import cpu, cuda
 from engine.checkpoint import SPELLINGS, require
 from granitemoe import GraniteMoeConfig, KVCache
 from granitemoe import GraniteMoeForCausalLM as Model
@@ -35,19 +36,13 @@ DIMS = {  # Granite 3.1's instruct models, and one to try the benchmark itself w
 def random_model(dims: str, device: torch.device) -> Model:
     """Ours in bfloat16, drawn as for training: normal with deviation 0.02, norms of 1."""
     torch.manual_seed(0)
+    forms = generate.pick_forms("auto", "auto", device, torch.bfloat16)
+    names = dict(zip(("attention_backend", "experts_backend"), forms, strict=True))
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        model = Model(GraniteMoeConfig(**DIMS[dims]))
+        model = Model(GraniteMoeConfig(**DIMS[dims], **names))
     torch.set_default_dtype(torch.float32)
     return model.eval()
-
-
-def twin(model: Model) -> Model:
-    """The same tensors in a module of their own, to compile."""
-    with torch.device("meta"):
-        other = Model(replace(model.config))
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other.eval()
 
 
 @functools.cache
@@ -76,15 +71,11 @@ def peer_of(model: Model, experts: str | None) -> Any:
 
 
 class Ours:
-    """Our default path or, of its token step: compiled, as one CUDA graph, or both."""
+    """Our default path or, through one of the engine's doors, its token step."""
 
-    def __init__(
-        self, model: Model, batch: int, compiled: bool = False, graph: bool = False
-    ) -> None:
-        self.graph, self.replay = graph, None
-        self.module = twin(model) if compiled else model
-        if compiled:
-            generate.compile_layers(self.module, batch)
+    def __init__(self, model: Model, batch: int, door: Callable | None = None) -> None:
+        """door: what makes a token step for a cache, as engine.cpu.token_step does."""
+        self.module, self.door, self.made = model, door, None
 
     def new_cache(self, batch: int, room: int) -> KVCache:
         weight = self.module.model.norm.weight
@@ -92,15 +83,13 @@ class Ours:
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids (B, T) and a cache, which grows, to the last position's logits (B, V)."""
-        if not self.graph:
+        if self.door is None:
             return self.module(ids, cache=cache, logits_to_keep=1).logits[:, -1]
-        uniform = torch.zeros(len(ids), 1, device=ids.device)  # to sample with: not used
-        if self.replay is None:  # captured for this one cache
-            steps = generate.Steps(
-                self.module, cache, torch.zeros_like(ids), lambda logits, _: logits
-            )
-            self.replay = steps.capture(uniform)
-        return self.replay(ids, uniform)
+        uniform = torch.zeros(len(ids), 1, dtype=torch.float64, device=ids.device)  # not used
+        if self.made is None:  # for this one cache
+            pads = torch.zeros_like(ids)
+            self.made = self.door(self.module, cache, pads, lambda logits, _: logits)
+        return self.made(ids, uniform)
 
 
 class Peer:
@@ -144,9 +133,9 @@ class Mode(NamedTuple):
 BOTH, part = "cpu cuda", functools.partial
 MODES = {
     "ours": Mode(Ours),
-    "ours compiled": Mode(part(Ours, compiled=True), "cpu", False, 1),
-    "ours graph": Mode(part(Ours, graph=True), "cuda", False),
-    "ours compiled graph": Mode(part(Ours, compiled=True, graph=True), "cuda", False),
+    "ours compiled": Mode(part(Ours, door=cpu.token_step), "cpu", False, 1),
+    "ours graph": Mode(part(Ours, door=cuda.capture), "cuda", False),
+    "ours compiled graph": Mode(part(Ours, door=cuda.token_step), "cuda", False),
     "transformers default": Mode(Peer),  # grouped_mm, and the cache that grows
     "transformers eager": Mode(part(Peer, experts="eager")),
     # This copies a whole expert for each assignment, so that a prefill would fill the memory.

@@ -23,8 +23,12 @@ SPELLINGS = {  # transformers' names in memory, which it can also write: those o
 MAX_JSON = 10 * 2**20
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or not what it says; names the file and the field."""
+
+
 def require(good: bool | Tensor, message: str) -> None:
-    """The one way in which bad input is refused. An assert would vanish under python -O."""
+    """An assert that python -O keeps: checks are most of this file."""
     if not good:
         raise ValueError(message)
 
@@ -49,10 +53,6 @@ def parse_json(raw: bytes, max_bytes: int = 2**20) -> dict:
         raise ValueError(f"not valid JSON: {error}") from None
     require(isinstance(data, dict), f"must be a JSON object, got {type(data).__name__}")
     return data
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or not what it says; names the file and the field."""
 
 
 def shown(path: str | Path) -> str:
@@ -147,6 +147,25 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, str, tuple]]:
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
+def own_dtype(config: GraniteMoeConfig, stored: dict) -> str | torch.dtype:
+    """What config.json names or, where it names none, what the embedding is stored in."""
+    _, on_disk, _ = stored.get("model.embed_tokens.weight", (None, "F32", None))
+    return config.dtype or ON_DISK.get(on_disk, torch.float32)
+
+
+def empty_model(folder: Path, config: GraniteMoeConfig, stored: dict) -> GraniteMoeForCausalLM:
+    """The model on the meta device, where tensors have shapes and no memory."""
+    layers = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
+    with naming(folder / "config.json"):  # before anything is built by that number
+        good = layers == config.num_hidden_layers
+        require(good, f"num_hidden_layers: {config.num_hidden_layers}, but {layers} are stored")
+        try:
+            with torch.device("meta"):
+                return GraniteMoeForCausalLM(config)
+        except RuntimeError:
+            raise ValueError("sizes: too large for any tensor") from None
+
+
 def canonical(name: str) -> str:
     """A stored tensor's name in the spelling of the released files."""
     prefix, marker, tail = name.partition(".block_sparse_moe.")
@@ -198,3 +217,11 @@ def read_tensors(
                     finite = torch.isfinite(low) and torch.isfinite(high)
                     require(finite, f"{name}: has NaN or infinite values (as {target})")
                 yield name, tensor.to(device)
+
+
+def drop_tied_head(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Take out a stored copy of the embedding that is to be the head, if it is one."""
+    if "lm_head.weight" in weights:
+        with naming(folder):
+            same = torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"])
+            require(same, "lm_head.weight: differs from the embedding that it is tied to")

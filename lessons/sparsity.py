@@ -11,12 +11,13 @@ are left out.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from common import command
 
-from generate import TINY, read_config
+from generate import TINY
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
 
 COMMON = {
@@ -74,7 +75,9 @@ def main() -> None:
     folders = parser.parse_args().folders
     configs = {name: GraniteMoeConfig.from_dict(data) for name, data in RELEASED.items()}
     for folder in folders:
-        configs[folder.resolve().name] = read_config(folder)
+        configs[folder.resolve().name] = GraniteMoeConfig.from_dict(
+            json.loads((folder / "config.json").read_text())
+        )
     print(table(configs))
 
 

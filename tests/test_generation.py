@@ -119,15 +119,10 @@ BAD_INPUTS = {
     "no tensor": ({"input_ids": [[5]]}, "input_ids"), "a row": ({"input_ids": TWO[0]}, "input_ids"),
     "empty": ({"input_ids": TWO[:, :0]}, "input_ids"), "no rows": ({"input_ids": TWO[:0]}, "input"),
     "floats": ({"input_ids": TWO.float()}, "input_ids"), "bools": ({"input_ids": TWO > 6}, "input"),
-    "negative": ({"input_ids": TWO - 9}, "input_ids"), "large": ({"input_ids": TWO * 100}, "input"),
-    "mask of 7": ({"attention_mask": ONES * 7}, "attention_mask"),
-    "mask of -2": ({"attention_mask": ONES * -2}, "attention_mask"),
     "mask of floats": ({"attention_mask": ONES.float()}, "attention_mask"),
     "mask too short": ({"attention_mask": ONES[:, :2]}, "attention_mask"),
     "mask of a row": ({"attention_mask": ONES[:1]}, "attention_mask"),
     "mask of 4 dimensions": ({"attention_mask": ONES[None, None]}, "attention_mask"),
-    "mask with a hole": ({"attention_mask": TWO != 6}, "attention_mask"),
-    "a row all masked": ({"attention_mask": TWO > 7}, "attention_mask"),
     "fewer than no logits": ({"logits_to_keep": -1}, "logits_to_keep"),
     "positions of floats": ({"position_ids": ONES.float()}, "position_ids"),
     "positions too many": ({"position_ids": torch.ones(2, 4, dtype=torch.long)}, "position_ids"),
@@ -230,7 +225,7 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     with pytest.raises(ValueError, match="compiling failed: no compiler$"):
-        generate.compile_layers(model)
+        list(generate.generate(model, [[5]], 2, compiled=True))
 
 
 # ----------------------------------------------------------------------------------- what it leaves

@@ -7,6 +7,7 @@ its first value, and a host that looks at a value in the middle of a step.
 """
 
 import contextlib
+import functools
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import generate  # noqa: E402
 import granitemoe  # noqa: E402
+from engine import cpu  # noqa: E402
+from engine import cuda as cuda_room  # noqa: E402
 from granitemoe import DecoderLayer, GraniteMoeConfig, GraniteMoeForCausalLM, KVCache  # noqa: E402
 from test_granitemoe import PROMPTS, SAMPLING, cuda, fill, random_config  # noqa: E402
 
@@ -54,7 +57,7 @@ def device(request, monkeypatch) -> str:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
     monkeypatch.setattr(torch.cuda, "graph", lambda recorder: recorder)
-    monkeypatch.setattr(granitemoe, "check_values", lambda *_, **__: None)  # on the CPU alone
+    monkeypatch.setattr(cpu, "token_step", cuda_room.capture)  # without a compiler
     return "cpu"
 
 
@@ -77,7 +80,7 @@ def test_captured_steps_equal_plain_ones(device, prompts, sampling):
     model, options = make_model(device), {"seed": 5, **sampling}
     plain = list(generate.generate(model, prompts, 20, **options))
     assert len({row[0] for row in plain}) > 5, "a constant could pass"
-    assert list(generate.generate(model, prompts, 20, graph=True, **options)) == plain
+    assert list(generate.generate(model, prompts, 20, compiled=True, **options)) == plain
 
 
 def test_a_conversation_goes_on_after_a_captured_reply(device):
@@ -85,7 +88,7 @@ def test_a_conversation_goes_on_after_a_captured_reply(device):
     caches = [KVCache(model.config, 1, 40, device=device) for _ in range(2)]
     for prompt in ([3, 9, 4], [7, 1]):
         plain, captured = (
-            list(generate.generate(model, [prompt], 6, cache=cache, graph=graph))
+            list(generate.generate(model, [prompt], 6, cache=cache, compiled=bool(graph)))
             for graph, cache in enumerate(caches)
         )
         assert plain == captured and caches[0].length == caches[1].length
@@ -94,7 +97,7 @@ def test_a_conversation_goes_on_after_a_captured_reply(device):
 def test_captured_step_stops_at_what_is_not_finite(device):
     """Inside the graph nothing can be raised; the step's ids carry the news."""
     model = make_model(device)
-    steps = generate.generate(model, [[1, 2]], 9, graph=True)
+    steps = generate.generate(model, [[1, 2]], 9, compiled=True)
     next(steps), next(steps)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.inf)
@@ -102,7 +105,7 @@ def test_captured_step_stops_at_what_is_not_finite(device):
         list(steps)
 
 
-def test_one_compiled_layer_serves_all():
+def test_one_compiled_layer_serves_all(monkeypatch):
     """In bfloat16, whole, one graph a shape: not one a layer, nor one a length of the cache."""
     graphs: list[torch.fx.GraphModule] = []
 
@@ -112,13 +115,12 @@ def test_one_compiled_layer_serves_all():
 
     model = make_model("cpu", num_hidden_layers=9).bfloat16()
     torch.compiler.reset()
-    model.model.token_step = torch.compile(DecoderLayer.forward, fullgraph=True, backend=backend)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     for rows in (1, 4):
-        cache = KVCache(model.config, rows, 32, dtype=torch.bfloat16)
-        with torch.no_grad():
-            model(torch.ones(rows, 3, dtype=torch.long), cache=cache)
-            for token in range(6):
-                model(torch.full((rows, 1), token), cache=cache)
+        for _ in range(3):
+            prompts = [[1, 2, 3]] * rows
+            steps = list(generate.generate(model, prompts, 7, compiled=True, **GREEDY))
+        assert steps == list(generate.generate(model, prompts, 7, **GREEDY))
     # For each number of rows at most two: the first length, then any length as a symbol.
     assert 1 <= len(graphs) <= 4
 

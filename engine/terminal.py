@@ -1,0 +1,150 @@
+"""generate.py as a process: a quiet start, prompts in, text out, one line of error, exit statuses.
+
+Imports the standard library alone, so that it is there before torch.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from granitemoe import GraniteMoeForCausalLM
+
+INSTALL = "run: pip install -r requirements.txt"
+
+
+@contextmanager
+def starting(name: str) -> Iterator[None]:
+    """For the imports of a module of that __name__. Where it is the command, Ctrl-C ends quietly in
+    the second that importing torch takes, and a missing library ends in one line."""
+    if name == "__main__":
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    except ImportError as error:
+        if name != "__main__":
+            raise
+        sys.exit(f"generate.py: error: {error}; {INSTALL}")
+
+
+def note(text: str, end: str = "\n") -> None:
+    """To standard error, where there is one."""
+    if sys.stderr is not None:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def progress() -> Callable[[int, int], None]:
+    """For load_model: tells a terminal how many tensors are read, once that takes over a second."""
+    began = time.perf_counter()
+
+    def tell(done: int, of: int) -> None:
+        if sys.stderr is not None and sys.stderr.isatty() and time.perf_counter() - began > 1:
+            note(f"\rloading: {done} of {of} tensors", "\n" if done == of else "")
+
+    return tell
+
+
+def write(text: str) -> None:
+    """To standard output at once; a terminal gets no control characters that a model made up."""
+    if sys.stdout is None:
+        raise ValueError("standard output: is closed")
+    if sys.stdout.isatty():
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ValueError(f"standard output: {error.strerror}") from None
+
+
+def decode_prompt(raw: bytes) -> str:
+    """Raises ValueError if it is empty or not UTF-8."""
+    try:
+        prompt = raw.decode()
+    except UnicodeDecodeError:
+        raise ValueError("PROMPT: is not valid UTF-8") from None
+    if not prompt.strip():
+        raise ValueError("PROMPT: is empty")
+    return prompt
+
+
+def read_prompt(prompt: str) -> str:
+    """A prompt as typed, or standard input for -."""
+    if prompt != "-":
+        return decode_prompt(prompt.encode(errors="surrogateescape"))
+    if sys.stdin is None:
+        raise ValueError("PROMPT: standard input is closed")
+    return decode_prompt(sys.stdin.buffer.read())
+
+
+def read_line() -> bytes:
+    """The next line of standard input, asked for where somebody types it; empty at its end."""
+    if sys.stdin.isatty():
+        note("> ", "")
+    return sys.stdin.buffer.readline()
+
+
+def parse_ids(prompt: str) -> list[int]:
+    words = prompt.replace(",", " ").split()
+    if not all(re.fullmatch(r"[0-9]{1,9}", word) for word in words):
+        raise ValueError("--raw-ids: PROMPT must be integers from 0")
+    return [int(word) for word in words]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error, and not the whole usage."""
+        plain = message.encode("unicode_escape").decode()  # it may echo what was typed
+        note(f"generate.py: error: {plain:.160} (see --help)")
+        sys.exit(2)
+
+
+def report(model: "GraniteMoeForCausalLM", prompts: list, made: list, times: list[float]) -> None:
+    """Speeds on standard error; times: before the prefill, then after each step."""
+    read, new, steps = sum(map(len, prompts)), sum(map(len, made)), len(times) - 2
+    if steps >= 0:
+        first = times[1] - times[0]
+        text = f"first token {first:.3f} s; prompt {read} tokens, {read / first:.0f} tokens/s"
+        if steps > 0:
+            seconds = (times[-1] - times[1]) / steps
+            active = model.num_parameters(active=True) * model.model.norm.weight.element_size()
+            text += f"; {new} new, {(new - len(prompts)) / steps / seconds:.1f} tokens/s, "
+            text += f"weights at {active / seconds / 1e9:.2f} GB/s a row"
+        note(f"[{text}]")
+    context = model.config.max_position_embeddings
+    if any(len(ids) + len(more) >= context for ids, more in zip(prompts, made, strict=True)):
+        note(f"[the context of {context} tokens is full]")
+
+
+def run(command: Callable[[], None]) -> int:
+    """Run the command; returns its exit status, after at most one line of error."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status, message = 0, ""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.reconfigure(errors="replace")
+        command()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = 141
+    except ImportError as error:  # of what only some commands need
+        status, message = 1, f"{error}; {INSTALL}"
+    except (ValueError, OSError) as error:
+        status, message = 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        status, message = 1, "out of memory: try a shorter or smaller batch, or another --dtype"
+    if status:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would write the rest once more
+        note(f"generate.py: error: {' '.join(message.split())}"[:200] if message else "")
+    return status
