@@ -9,6 +9,7 @@ conversation, the command. Strangers' files and the faster forms of a step are i
 
 import argparse
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,14 +24,13 @@ with terminal.starting(__name__):
     from torch import Tensor
 
     from engine import checkpoint, cpu, cuda
-    from engine.checkpoint import CheckpointError
+    from engine.checkpoint import CheckpointError  # noqa: F401  (what load_model raises)
     from engine.tokenizer import END, chat_ids, decoder, encode, load_tokenizer
     from granitemoe import ATTENTION, EXPERTS, GraniteMoeForCausalLM, KVCache, choose_experts
 
 if TYPE_CHECKING:  # imported where text is used, so that ids need no tokenizer
     from tokenizers import Tokenizer
 
-__all__ = ("CheckpointError", "KVCache", "generate", "load_model", "load_tokenizer")
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREFILL_TOKENS = 2048  # at a time: bounds the memory of a prefill, however long the prompts
@@ -51,13 +51,12 @@ def load_model(
     "auto", which names the fastest for device and dtype: see model.config for what it took.
     progress: called after each tensor with how many are read, and of how many.
     Memory never holds more than the model and one tensor, and nothing stays tied to the files.
-    Raises CheckpointError for what is missing, unexpected, damaged or not finite, and ValueError,
-    its base class, for arguments.
-    """
+    Raises CheckpointError for what is missing, unexpected, damaged or not finite, and its base
+    class ValueError for arguments."""
     folder, device = checkpoint.find_folder(path), pick_device(str(device))
     config, stored = checkpoint.read_config(folder), checkpoint.find_tensors(folder)
     dtype = pick_dtype(dtype or checkpoint.own_dtype(config, stored))
-    attention, experts = pick_forms(attention_backend, experts_backend, device, dtype)
+    attention, experts = pick_forms((attention_backend, experts_backend), device, dtype)
     config = replace(config, attention_backend=attention, experts_backend=experts)
     q, k = (torch.zeros(1, n, 2, config.head_dim, dtype=dtype, device=device) for n in (2, 1))
     ATTENTION[attention](q, k, k, None, 1.0, 0.0)  # raises ValueError if it cannot run here
@@ -89,16 +88,12 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES.get(dtype, dtype)
 
 
-def pick_forms(
-    attention: str, experts: str, device: torch.device, dtype: torch.dtype
-) -> tuple[str, str]:
-    """What "auto" names; the reasons are with the forms in engine/cpu.py and choose_experts."""
-    here = device.type
-    if attention == "auto":
-        attention = "blocks" if here == "cpu" and dtype == torch.bfloat16 else "sdpa"
-    if experts == "auto":
-        experts = {"cpu": "runs", "cuda": "batched"}.get(here, "loop")
-    return attention, experts
+def pick_forms(forms: tuple[str, str], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Of attention and of the experts, with a name for "auto": that of the fastest here."""
+    attention = "blocks" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    experts = {"cpu": "runs", "cuda": "batched"}.get(device.type, "loop")
+    best = zip(forms, (attention, experts), strict=True)
+    return [fastest if form == "auto" else form for form, fastest in best]
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -115,8 +110,7 @@ def generate(
     with seed + i, so that it does not depend on its neighbours; seed None takes random ones.
     cache: continue after the tokens that it holds (one row only); the last id yielded is not in it.
     compiled: run each step of one token a row as the engine compiles it; a first time takes long.
-    Raises ValueError for bad arguments at once, and for logits that are not finite at their step.
-    """
+    Raises ValueError for bad arguments at once, and for logits that are not finite at their step."""
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     limits = [model.config.max_position_embeddings, *([cache.max_length] if cache else [])]
     context = min(limits) - (cache.length if cache else 0)
@@ -195,11 +189,10 @@ def check_prompts(prompts: list[list[int]], last: int, context: int) -> None:
             raise ValueError(f"prompts[{row}]: must be a list of ids, not empty")
         for at, i in enumerate(ids):
             if type(i) is not int or not 0 <= i <= last:
-                allowed = f"must be an integer from 0 to {last}, got {i!a:.40}"
-                raise ValueError(f"prompts[{row}][{at}]: {allowed}")
+                raise ValueError(f"prompts[{row}][{at}]: must be from 0 to {last}, got {i!a:.40}")
         if len(ids) > context:
-            room = f"the context has room for {context}"
-            raise ValueError(f"prompts[{row}]: has {len(ids)} tokens, {room}")
+            has = f"has {len(ids)} tokens, the context has room for {context}"
+            raise ValueError(f"prompts[{row}]: {has}")
 
 
 # ------------------------------------------------------------------------------------ the next id
@@ -243,8 +236,7 @@ def sampling_probs(
 
     In order: divide by the temperature (0 puts all on the most likely id, the lowest of several),
     keep the top_k largest, the smallest set that holds top_p of the mass (arXiv 1904.09751), and
-    what has at least min_p of the largest probability (arXiv 2407.01082).
-    """
+    what has at least min_p of the largest probability (arXiv 2407.01082)."""
     shape = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     return filtered_probs(logits.float(), shape)
 
@@ -273,9 +265,7 @@ def next_ids(logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling) 
     """The next id of each row (B,), -1 where its logits (B, V) are not finite.
 
     uniform (B, 1): a number from 0 to 1 a row, which picks the id by the cumulative probabilities.
-    seen (B, V): the ids that the penalty is for (arXiv 1909.05858). Never synchronises with the
-    host.
-    """
+    seen (B, V): the ids that the penalty is for (arXiv 1909.05858). Never synchronises with the host."""
     finite = torch.isfinite(logits).all(dim=-1)
     if (penalty := sampling.repetition_penalty) != 1:
         punished = torch.where(logits < 0, logits * penalty, logits / penalty)
@@ -405,18 +395,18 @@ def converse(
 
 # ------------------------------------------------------------------------------------ the command
 PROMPT = "class Stack:"
-DEMO = (PROMPT, "--temperature", "0.7", "--top-p", "0.9", "--seed", "1")  # without arguments
+DEMO = f'"{PROMPT}" --temperature 0.8 --top-p 0.9 --seed 8 --dtype float32'  # without arguments
 
 
 def parse_args() -> argparse.Namespace:
     """The command's arguments, all of them checked; `sampling`: those that generate takes."""
     parser = terminal.Parser(description="Continue text with a GraniteMoe model.")
     add_options(parser)
-    args = parser.parse_args(sys.argv[1:] or DEMO)
+    args = parser.parse_args(sys.argv[1:] or shlex.split(DEMO))
+    args.shows = "" if sys.argv[1:] else f"python generate.py {DEMO}"
     try:
-        args.sampling = Sampling(
-            **{each.name: getattr(args, each.name) for each in fields(Sampling)}
-        )
+        names = [each.name for each in fields(Sampling)]
+        args.sampling = Sampling(**{name: getattr(args, name) for name in names})
         args.device = pick_device(args.device)
         for bad, message in (
             (args.system is not None and not args.chat, "--system: needs --chat"),
@@ -468,16 +458,18 @@ def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokeni
     model = load_model(folder, **how)
     loaded = time.perf_counter() - began
     if args.compile:
-        prompts = [[0]] * max(1, len(args.prompts))
-        list(generate(model, prompts, 2, compiled=True))
+        list(generate(model, [[0]] * max(1, len(args.prompts)), 2, compiled=True))
         terminal.note(f"[compiled in {time.perf_counter() - began - loaded:.1f} s]")
     c, dtype = model.config, str(model.model.norm.weight.dtype).removeprefix("torch.")
     total, active = (model.num_parameters(active=a) / 1e6 for a in (False, True))
-    sizes, E = (1, 2**30), c.num_local_experts  # of a step of one token, and of a long prompt
-    forms = [choose_experts(c.experts_backend, args.device, size, E) for size in sizes]
-    names = f"attention {c.attention_backend}, experts {'/'.join(dict.fromkeys(forms))}"
+    few_and_many, E = (1, c.num_local_experts + 1), c.num_local_experts  # assignments
+    forms = {choose_experts(c.experts_backend, args.device, M, E): M for M in few_and_many}
+    names = f"attention {c.attention_backend}, experts {'/'.join(forms)}"
+    names += ", steps compiled" if args.compile else ""
     size = f"{total:.1f} M parameters, {active:.1f} M active"
     terminal.note(f"[{size}; {args.device}, {dtype}, {names}; loaded in {loaded:.2f} s]")
+    if args.shows:
+        terminal.note(f"[{args.shows}]")
     return model, tokenizer
 
 

@@ -130,8 +130,9 @@ class GraniteMoeConfig:
         if data["dtype"] is not None:
             data["dtype"] = str(data["dtype"]).removeprefix("torch.")
         for name, only in {
-            "model_type": ["granitemoe"], "rope_scaling": ["default"], "rope_parameters": ["default"],
-            "attention_bias": [None, False], "quantization_config": [None],
+            "model_type": ["granitemoe"], "quantization_config": [None],
+            "rope_scaling": ["default"], "rope_parameters": ["default"],
+            "attention_bias": [None, False],
         }.items():  # fmt: skip
             if (got := data.get(name)) not in only:
                 raise ValueError(f"{name}: only {only[-1]!r} is supported, got {got!a:.60}")
@@ -139,9 +140,9 @@ class GraniteMoeConfig:
         missing = [f.name for f in fields(cls) if f.name not in known and not hasattr(cls, f.name)]
         if missing:
             raise ValueError(f"missing: {', '.join(missing)}")
-        config, head_dim = cls(**known), data.get("head_dim")
-        if head_dim not in (None, config.head_dim):
-            raise ValueError(f"head_dim: must be hidden_size / heads, got {head_dim!a:.60}")
+        config = cls(**known)
+        if (got := data.get("head_dim")) not in (None, config.head_dim):
+            raise ValueError(f"head_dim: must be hidden_size / heads, got {got!a:.60}")
         return config
 
 
@@ -443,8 +444,7 @@ class KVCache:
         """(T,): where the next T tokens go."""
         return torch.arange(self.length, self.length + T, device=self.keys.device)
 
-    def span(self, T: int) -> int:
-        """S: how many slots the attention of the next T tokens goes over."""
+    def span(self, T: int) -> int:  # S: how many slots the next T tokens' attention goes over
         return self.length + T
 
     def layer(self, i: int) -> Past:

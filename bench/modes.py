@@ -36,7 +36,7 @@ DIMS = {  # Granite 3.1's instruct models, and one to try the benchmark itself w
 def random_model(dims: str, device: torch.device) -> Model:
     """Ours in bfloat16, drawn as for training: normal with deviation 0.02, norms of 1."""
     torch.manual_seed(0)
-    forms = generate.pick_forms("auto", "auto", device, torch.bfloat16)
+    forms = generate.pick_forms(("auto", "auto"), device, torch.bfloat16)
     names = dict(zip(("attention_backend", "experts_backend"), forms, strict=True))
     torch.set_default_dtype(torch.bfloat16)
     with device:
