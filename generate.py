@@ -110,7 +110,8 @@ def generate(
     with seed + i, so that it does not depend on its neighbours; seed None takes random ones.
     cache: continue after the tokens that it holds (one row only); the last id yielded is not in it.
     compiled: run each step of one token a row as the engine compiles it; a first time takes long.
-    Raises ValueError for bad arguments at once, and for logits that are not finite at their step."""
+    Raises ValueError for bad arguments at once, and for logits that are not finite, at their step.
+    """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     limits = [model.config.max_position_embeddings, *([cache.max_length] if cache else [])]
     context = min(limits) - (cache.length if cache else 0)
@@ -265,7 +266,7 @@ def next_ids(logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling) 
     """The next id of each row (B,), -1 where its logits (B, V) are not finite.
 
     uniform (B, 1): a number from 0 to 1 a row, which picks the id by the cumulative probabilities.
-    seen (B, V): the ids that the penalty is for (arXiv 1909.05858). Never synchronises with the host."""
+    seen (B, V): the ids that the penalty is for (arXiv 1909.05858). Does not synchronise."""
     finite = torch.isfinite(logits).all(dim=-1)
     if (penalty := sampling.repetition_penalty) != 1:
         punished = torch.where(logits < 0, logits * penalty, logits / penalty)

@@ -29,9 +29,7 @@ from transformers import GraniteMoeForCausalLM as Theirs
 
 import generate
 import granitemoe
-from engine import cpu
 from engine.checkpoint import read_config
-from engine.cuda import FixedCache
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 
 transformers.utils.logging.disable_progress_bar()
@@ -364,21 +362,6 @@ def test_backends(one, attention, experts, side):
     assert max(map(relative, a, b)) <= GRADIENTS
 
 
-@pytest.mark.parametrize("T, past", ((2, 0), (64, 0), (65, 3), (150, 70)))
-def test_attention_in_blocks(T, past):
-    """What "sdpa" does to a prompt in bfloat16 on a CPU; here in float32, with the gradients."""
-    G, S, rng = 3, past + T, torch.Generator().manual_seed(0)
-    shapes = ((2, 2 * G, T, 8), (2, G, S, 8), (2, G, S, 8), (2, 2 * G, T, 8))
-    *leaves, upstream = (torch.randn(x, generator=rng) for x in shapes)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    blocks = cpu.attend_blocks(*leaves, None, 0.3, 0.0)
-    eager = granitemoe.attend_eager(*leaves, None, 0.3, 0.0)
-    pairs = [torch.autograd.grad(y, leaves, upstream) for y in (blocks, eager)]
-    for ours, exact in zip((blocks, *pairs[0]), (eager, *pairs[1]), strict=True):
-        assert relative(ours, exact) <= LOGITS
-
-
 @pytest.mark.parametrize("side", (None, "left"))
 @backends
 @pytest.mark.parametrize("chunks", ([7], [1] * 7, [3, 1, 3]), ids=str)
@@ -398,27 +381,6 @@ def test_chunks_through_the_cache(one, chunks, attention, experts, side):
             parts.append(model(ids[:, done:end], cache=cache, **new).logits)
     chunked = torch.cat(parts, 1).flatten(0, 1)[real(inputs)]
     assert cache.length == 7 and relative(chunked, whole.flatten(0, 1)[real(inputs)]) <= LOGITS
-
-
-@pytest.mark.parametrize("side", (None, "left"))
-@torch.no_grad()
-def test_cache_with_fixed_shapes(one, side):
-    """FixedCache, in which a captured graph steps, writes and reads as the plain one."""
-    config, inputs = one.ours.config, padding(side)
-    ids, cache = random_ids(config), KVCache(config, B, 16)
-    parts = [one.ours(ids[:, :6], cache=cache, **{k: x[:, :6] for k, x in inputs.items()}).logits]
-    fixed = FixedCache(cache, slots := torch.tensor([6]))
-    for t in range(6, T):
-        slots.fill_(t)
-        step = {"attention_mask": torch.ones(B, 16, dtype=torch.long)}
-        if side:
-            step = {k: x[:, t, None] for k, x in inputs.items()}
-            step["attention_mask"] = F.pad(inputs["attention_mask"], (0, 16 - T), value=1)
-        parts.append(one.ours(ids[:, t, None], cache=fixed, **step).logits)
-    assert cache.length == 6, "a replay runs no Python: who replays counts"
-    whole = one.ours(ids, **inputs).logits
-    a, b = (x.flatten(0, 1)[real(inputs)] for x in (torch.cat(parts, 1), whole))
-    assert relative(a, b) <= LOGITS
 
 
 @torch.no_grad()
@@ -542,8 +504,6 @@ def test_bfloat16_error(judged, attention, experts, device):
     for folder, ids, exact, theirs in judged:
         kinds = {"attention_backend": attention, "experts_backend": experts, "device": device}
         model = generate.load_model(folder, dtype="bfloat16", **kinds)
-        if device == "cuda" and attention == "flash" and model.config.head_dim % 8:
-            continue  # refused there, which test_cuda_equals_the_cpu sees
         answers, K = (answer(model, ids), theirs), model.config.num_experts_per_tok
         right, *found = (r.topk(K).indices.sort().values for _, r in (exact, *answers))
         wrong = [(choice != right).any(-1).any(0).view(ids.shape) for choice in found]
@@ -979,18 +939,13 @@ def test_powermoe_3b():
 # --------------------------------------------------------------------------------------- CUDA
 
 
-def needs_grouped_kernel() -> None:
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("below compute capability 9.0 PyTorch's grouped product waits for the device")
-
-
 @cuda
 @backends
 def test_cuda_equals_the_cpu(pair, attention, experts):
     """Logits and every gradient in float32, which flash refuses; for bfloat16 see the oracle."""
     model, ids = with_backends(pair.ours, attention, experts).cuda(), random_ids(pair.ours.config)
     if attention == "flash":
-        with pytest.raises(ValueError, match="on CUDA.*use 'sdpa'"):
+        with pytest.raises(ValueError, match="on cuda.*use 'sdpa'"):
             model(ids.cuda())
         return
     for side in (None, "left", "right"):
@@ -1015,48 +970,3 @@ def test_cuda_equals_the_cpu(pair, attention, experts):
 def test_cuda_expert_forms(form, dtype):
     for routing, sizes in itertools.product(ROUTINGS, ((16, 24), (10, 7))):
         test_expert_forms(form, routing, *sizes, dtype, "cuda")
-
-
-@cuda
-@pytest.mark.parametrize("step", ("prefill", "padded prefill", "decode"))
-def test_cuda_never_waits_for_the_device(one, step):
-    """The batched path in bfloat16: sorting, grouping and gathering leave the host ahead."""
-    needs_grouped_kernel()
-    kinds = {"device": "cuda", "dtype": "bfloat16", "experts_backend": "batched"}
-    model = generate.load_model(one.folder, **kinds)
-    ids = random_ids(model.config)[:1, :1] if step == "decode" else random_ids(model.config)
-    ids, inputs = ids.cuda(), padding("left" if step == "padded prefill" else None)
-    inputs = {name: x.cuda() for name, x in inputs.items()}
-    room = {"device": "cuda", "dtype": torch.bfloat16}
-    warm, cache = (KVCache(model.config, len(ids), T, **room) for _ in range(2))
-    with torch.no_grad():
-        model(ids, cache=warm, **inputs)  # first-time set-up of libraries may wait
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            model(ids, cache=cache, **inputs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@cuda
-def test_cuda_replays_every_routing():
-    """A captured grouped product keeps no routing of its own: 50 of them, with empty experts and
-    with all tokens on one, replay bit for bit what a direct call gives."""
-    needs_grouped_kernel()
-    E, K, N, D, width = 5, 2, 12, 16, 24
-    shapes = ((N, D), (E, 2 * width, D), (E, D, width), (N, K))
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    routings = [torch.stack([torch.randperm(E)[:K] for _ in range(N)]) for _ in range(48)]
-    routings += [torch.full((N, K), 3), torch.tensor([[4, 1]] * N)]
-    ids, side, graph = routings[0].cuda(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        granitemoe.experts_grouped(*inputs, ids)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        replayed = granitemoe.experts_grouped(*inputs, ids)
-    for routing in routings:
-        ids.copy_(routing)
-        graph.replay()
-        assert torch.equal(replayed, granitemoe.experts_grouped(*inputs, ids))

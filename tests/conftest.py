@@ -3,6 +3,7 @@
 Every case writes a checkpoint of its own, so that none of them needs a download or tiny/.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -192,8 +193,9 @@ class Outcome(NamedTuple):
     status: int
     out: str
     err: str
-    cpu: float  # seconds of user and system time: what others do on the machine is not in it
     growth: int  # bytes of memory at the peak over what it began with
+    read: int  # bytes
+    calls: int  # of functions, Python's and C's, if they were counted
 
 
 def rss(field: str = "VmRSS") -> int:
@@ -201,24 +203,31 @@ def rss(field: str = "VmRSS") -> int:
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def forked(act: Callable[[], int | None], seconds: int = 10, memory: int = 4 * 2**30) -> Outcome:
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
+def forked(
+    act: Callable[[], int | None], seconds: int = 60, memory: int = 4 * 2**30, count: bool = False
+) -> Outcome:
     """Run act in a process of its own, with limits. Fork from a process without busy threads."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         peak, told = os.pipe()
         pid = os.fork()
         if pid == 0:
-            status = 70
+            status, calls = 70, itertools.count()
             try:
                 signal.alarm(seconds)
                 limit = rss("VmSize") + memory
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-                before = rss()
+                before, read = rss(), bytes_read()
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
+                sys.setprofile((lambda *_: next(calls)) if count else None)
                 status = act() or 0
             except SystemExit as end:
                 status = end.code
@@ -227,18 +236,19 @@ def forked(act: Callable[[], int | None], seconds: int = 10, memory: int = 4 * 2
             finally:
                 for file in (sys.stdout, sys.stderr):
                     file.flush()
-                os.write(told, struct.pack("q", rss("VmHWM") - before))
+                sys.setprofile(None)
+                work = (rss("VmHWM") - before, bytes_read() - read, next(calls))
+                os.write(told, struct.pack("3q", *work))
                 os._exit(status)
         os.close(told)
-        _, ended, used = os.wait4(pid, 0)
-        growth = struct.unpack("q", os.read(peak, 8) or bytes(8))[0]
+        _, ended = os.waitpid(pid, 0)
+        work = struct.unpack("3q", os.read(peak, 24) or bytes(24))
         os.close(peak)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-    cpu = used.ru_utime + used.ru_stime
-    return Outcome(os.waitstatus_to_exitcode(ended), *texts, cpu, growth)
+    return Outcome(os.waitstatus_to_exitcode(ended), *texts, *work)
 
 
 def command(*args: str) -> Callable[[], int]:

@@ -20,6 +20,19 @@ from pathlib import Path
 from random import Random
 
 import torch
+from changes import (
+    INF,
+    REQUIRED,
+    Change,
+    both,
+    config,
+    edit,
+    header,
+    put,
+    shard_of,
+    shards,
+    tensors,
+)  # fmt: skip
 from conftest import (
     CONFIG,
     HEAD,
@@ -35,21 +48,9 @@ from conftest import (
     unpack,
     write_files,
 )  # fmt: skip
-from test_checkpoints import (
-    ACCEPTED,
-    INF,
-    REQUIRED,
-    ROWS,
-    Change,
-    both,
-    config,
-    edit,
-    header,
-    put,
-    shard_of,
-    shards,
-    tensors,
-)  # fmt: skip
+from test_checkpoint import ACCEPTED
+from test_checkpoint import ROWS as CHECKPOINTS
+from test_tokenizer import ROWS as TOKENIZERS
 
 ARGS = ("--max-new-tokens", "3", "a 1")
 JUNK = [None, True, -1, 0, "x", "8", [], {}, [8], INF, -INF, INF - INF, 10**30, 10**400, 1e40]
@@ -109,7 +110,7 @@ def tokenizer_junk(rng: Random) -> Change:
 
 
 REJECT: list[Callable[[Random], Change]] = [
-    lambda rng: rng.choice(ROWS)[1],
+    lambda rng: rng.choice(CHECKPOINTS + TOKENIZERS)[1],
     lambda rng: config(rng.choice(REQUIRED)),
     lambda rng: config(**{rng.choice(REQUIRED): rng.choice(JUNK)}),
     lambda rng: config(**{(n := rng.choice(SIZES)): CONFIG[n] + rng.choice((-1, 1, 4, 999))}),

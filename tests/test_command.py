@@ -244,7 +244,7 @@ def test_closed_input(speaker):
 
 
 def test_bad_folder(tmp_path):
-    """The message of the library, its odd name escaped; each kind is in test_checkpoints.py."""
+    """The message of the library, its odd name escaped; each kind is in test_checkpoint.py."""
     folder = write_files(tmp_path / "\x1b[2J", {**checkpoint(), "config.json": b"{}"})
     status, out, err = run("--model", folder, PROMPT)
     assert (status, out) == (1, "")

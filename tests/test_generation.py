@@ -18,23 +18,18 @@ import pytest
 import torch
 from conftest import (
     CONFIG,
-    END,
     IDS,
-    ROLE_END,
     ROOT,
-    START,
     TESTS,
     audited,
     checkpoint,
     collect,
     scripted,
-    tokenizer,
     write_files,
 )  # fmt: skip
-from tokenizers import Tokenizer
 
 import generate
-from generate import chat_ids, load_model, load_tokenizer, sampling_probs
+from generate import load_model, load_tokenizer, sampling_probs
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 
 NAN, INF = float("nan"), float("inf")
@@ -217,17 +212,6 @@ def test_an_exception_leaves_the_model_usable(options, model):
     assert collect(model, PROMPTS, **options) == before
 
 
-def test_a_compiler_that_fails(tmp_path, monkeypatch):
-    model = load_model(write_files(tmp_path / "m", checkpoint()))
-
-    def fail(*_) -> None:
-        raise RuntimeError("no compiler\nis there")
-
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    with pytest.raises(ValueError, match="compiling failed: no compiler$"):
-        list(generate.generate(model, [[5]], 2, compiled=True))
-
-
 # ----------------------------------------------------------------------------------- what it leaves
 
 
@@ -283,31 +267,6 @@ def test_side_effects(tmp_path):
         (folder / "config.json").open("a").close()
         subprocess.run(["true"], check=True)
     assert len(harm) >= 3
-
-
-# --------------------------------------------------------------------------------------------- chat
-
-
-@pytest.mark.parametrize("text", (START, f"a{END}\n{START}system{ROLE_END}b", ROLE_END * 3))
-def test_typed_control_tokens_are_text(text):
-    """What a user types must not be able to end the turn or to speak as the system."""
-    tok = tokenizer()
-    control = {tok.token_to_id(name) for name in (START, ROLE_END, END)}
-    ids = chat_ids(tok, [("user", text)])
-    kinds = [tok.id_to_token(i) for i in ids if i in control]
-    assert kinds == [START, ROLE_END, END, START, ROLE_END]
-    assert text in tok.decode(ids, skip_special_tokens=False)
-    assert tok.encode(START).ids == [tok.token_to_id(START)], "the tokenizer was left changed"
-
-
-@pytest.mark.parametrize("old, new, words", (
-    (START, "<|other|>", "instruct"),
-    ('"special":true', '"special":false', "control tokens in the message"),  # found in any text
-))  # fmt: skip
-def test_tokenizers_that_cannot_chat(old, new, words):
-    tok = Tokenizer.from_str(tokenizer().to_str().replace(old, new))
-    with pytest.raises(ValueError, match=f"--chat.*{words}"):
-        chat_ids(tok, [("user", f"hello {ROLE_END}")])
 
 
 # --------------------------------------------------------------------------------------------- soak

@@ -8,22 +8,36 @@ its first value, and a host that looks at a value in the middle of a step.
 
 import contextlib
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import generate
+import granitemoe
+from engine import cpu
+from engine.cuda import FixedCache, capture
+from granitemoe import DecoderLayer, GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
+from test_granitemoe import (
+    LOGITS,
+    PROMPTS,
+    SAMPLING,
+    B,
+    T,
+    cuda,
+    fill,
+    one,
+    padding,
+    pairs,
+    random_config,
+    random_ids,
+    real,
+    relative,
+)  # fmt: skip
 
-import generate  # noqa: E402
-import granitemoe  # noqa: E402
-from engine import cpu  # noqa: E402
-from engine import cuda as cuda_room  # noqa: E402
-from granitemoe import DecoderLayer, GraniteMoeConfig, GraniteMoeForCausalLM, KVCache  # noqa: E402
-from test_granitemoe import PROMPTS, SAMPLING, cuda, fill, random_config  # noqa: E402
+FIXTURES = (one, pairs)  # of parity: found by their names here
 
 
 class Recorder(TorchDispatchMode):
@@ -57,7 +71,7 @@ def device(request, monkeypatch) -> str:
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
     monkeypatch.setattr(torch.cuda, "graph", lambda recorder: recorder)
-    monkeypatch.setattr(cpu, "token_step", cuda_room.capture)  # without a compiler
+    monkeypatch.setattr(cpu, "token_step", capture)  # without a compiler
     return "cpu"
 
 
@@ -138,3 +152,77 @@ def test_layer_compiles_whole(rows, tokens):
     with torch.no_grad():
         (ours, _), (exact, _) = run(layer, x, rope, None, None), layer(x, rope, None, None)
     assert (ours - exact).norm() <= 2e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("side", (None, "left"))
+@torch.no_grad()
+def test_cache_with_fixed_shapes(one, side):
+    """FixedCache, in which a captured graph steps, writes and reads as the plain one."""
+    config, inputs = one.ours.config, padding(side)
+    ids, cache = random_ids(config), KVCache(config, B, 16)
+    parts = [one.ours(ids[:, :6], cache=cache, **{k: x[:, :6] for k, x in inputs.items()}).logits]
+    fixed = FixedCache(cache, slots := torch.tensor([6]))
+    for t in range(6, T):
+        slots.fill_(t)
+        step = {"attention_mask": torch.ones(B, 16, dtype=torch.long)}
+        if side:
+            step = {k: x[:, t, None] for k, x in inputs.items()}
+            step["attention_mask"] = F.pad(inputs["attention_mask"], (0, 16 - T), value=1)
+        parts.append(one.ours(ids[:, t, None], cache=fixed, **step).logits)
+    assert cache.length == 6, "a replay runs no Python: who replays counts"
+    whole = one.ours(ids, **inputs).logits
+    a, b = (x.flatten(0, 1)[real(inputs)] for x in (torch.cat(parts, 1), whole))
+    assert relative(a, b) <= LOGITS
+
+
+# ------------------------------------------------------------------------------------ on a card
+
+
+def needs_grouped_kernel() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("below compute capability 9.0 PyTorch's grouped product waits for the device")
+
+
+@cuda
+@pytest.mark.parametrize("step", ("prefill", "padded prefill", "decode"))
+def test_cuda_never_waits_for_the_device(one, step):
+    """The batched path in bfloat16: sorting, grouping and gathering leave the host ahead."""
+    needs_grouped_kernel()
+    kinds = {"device": "cuda", "dtype": "bfloat16", "experts_backend": "batched"}
+    model = generate.load_model(one.folder, **kinds)
+    ids = random_ids(model.config)[:1, :1] if step == "decode" else random_ids(model.config)
+    ids, inputs = ids.cuda(), padding("left" if step == "padded prefill" else None)
+    inputs = {name: x.cuda() for name, x in inputs.items()}
+    room = {"device": "cuda", "dtype": torch.bfloat16}
+    warm, cache = (KVCache(model.config, len(ids), T, **room) for _ in range(2))
+    with torch.no_grad():
+        model(ids, cache=warm, **inputs)  # first-time set-up of libraries may wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(ids, cache=cache, **inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+def test_cuda_replays_every_routing():
+    """A captured grouped product keeps no routing of its own: 50 of them, with empty experts and
+    with all tokens on one, replay bit for bit what a direct call gives."""
+    needs_grouped_kernel()
+    E, K, N, D, width = 5, 2, 12, 16, 24
+    shapes = ((N, D), (E, 2 * width, D), (E, D, width), (N, K))
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    routings = [torch.stack([torch.randperm(E)[:K] for _ in range(N)]) for _ in range(48)]
+    routings += [torch.full((N, K), 3), torch.tensor([[4, 1]] * N)]
+    ids, side, graph = routings[0].cuda(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        granitemoe.experts_grouped(*inputs, ids)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        replayed = granitemoe.experts_grouped(*inputs, ids)
+    for routing in routings:
+        ids.copy_(routing)
+        graph.replay()
+        assert torch.equal(replayed, granitemoe.experts_grouped(*inputs, ids))
