@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,19 +130,57 @@ def test_terminal(speaker):
 
 
 def test_same_seed_same_text(talker):
-    args = (
-        "--model",
-        talker,
-        "--temperature",
-        "1.5",
-        "--seed",
-        "5",
-        "--max-new-tokens",
-        "30",
-        "ab",
-    )
+    args = ("--model", talker, "--temperature", "1.5", "--seed", "5", "--max-new-tokens", "30", "a")
     first = run(*args)
     assert first == run(*args) and first[0] == 0 and len(first[1]) > 20
+
+
+@pytest.mark.parametrize("prompts", (("5", "64", "8"), ("8", "64", "5"), ("64", "5", "8")))
+def test_several_prompts_are_shown_in_their_order(prompts, tmp_path):
+    """Whichever ends first: what comes later waits for those before it, and nothing is lost."""
+    chain = [5, 9, 64, 7, 40, 8, 31]
+    folder = write_files(tmp_path / "model", scripted(chain))
+    status, out, err = run("--model", folder, "--raw-ids", *prompts)
+    texts = [" ".join(map(str, chain[chain.index(int(prompt)) :])) for prompt in prompts]
+    assert (status, out, err) == (0, "\n\n".join(texts) + "\n", "")
+
+
+def test_each_turn_of_a_conversation_has_its_seed(folder, monkeypatch, capsys):
+    """Else each would draw the same numbers; without one they are random."""
+    seeds, plain = [], generate.generate
+    monkeypatch.setattr(
+        generate, "generate", lambda *a, **k: seeds.append(k["seed"]) or plain(*a, **k)
+    )
+    args = ["--chat", "--model", str(folder), "--max-new-tokens", "2", "--temperature", "1"]
+    for seed in ([], ["--seed", "41"], ["--seed", str(2**63 - 1)]):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *args, *seed])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\n")))
+        assert generate.main() == 0
+    assert seeds == [None, None, 41, 42, 2**63 - 1, 0]
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, words", (
+    ([], "attention sdpa, experts runs;"),
+    (["--dtype", "bfloat16"], "cpu, bfloat16, attention blocks, experts runs;"),
+    (["--attention", "eager", "--experts", "loop"], "attention eager, experts loop;"),
+    (["--experts", "batched"], "experts gathered/grouped;"),
+), ids=("auto", "bfloat16", "asked for", "batched"))  # fmt: skip
+def test_the_bracket_line_names_the_forms(options, words, folder, monkeypatch, capsys):
+    args = ["--model", str(folder), "--max-new-tokens", "1", *options, PROMPT]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
+    assert generate.main() == 0
+    assert words in capsys.readouterr().err.splitlines()[0]
+
+
+def test_without_arguments_it_shows_what_it_can_do():
+    """A sampled text that does not repeat itself; typed as the line in brackets says, the same."""
+    with start() as process:
+        out, err = (raw.decode() for raw in process.communicate(timeout=120))
+    typed = re.search(r"^\[python generate.py (.*)\]$", err, re.MULTILINE)[1]
+    assert run(*shlex.split(typed))[:2] == (0, out) and process.returncode == 0
+    lines = [line.strip() for line in out.splitlines() if line.strip()]
+    assert len(out.splitlines()) <= 25 and len(lines) > 6 and len(set(lines)) == len(lines)
 
 
 # ------------------------------------------------------------------------------- how it is stopped
