@@ -29,7 +29,6 @@ from transformers import GraniteMoeForCausalLM as Theirs
 
 import generate
 import granitemoe
-from engine.checkpoint import read_config
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 
 transformers.utils.logging.disable_progress_bar()
@@ -668,7 +667,7 @@ def test_released_configs(name, tmp_path):
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     new = json.loads(theirs.to_json_string(use_diff=False))
     assert "rope_parameters" in new and not {"rope_theta", "torch_dtype"} & new.keys()
-    config = read_config(tmp_path)
+    config = generate.checkpoint.read_config(tmp_path)
     assert config == GraniteMoeConfig.from_dict(old) == GraniteMoeConfig.from_dict(new)
     fields = dataclasses.asdict(config)
     for name in fields.keys() & old.keys():

@@ -52,7 +52,6 @@ from torch.nn.modules.module import (  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
 import generate  # noqa: E402
-from engine.checkpoint import require  # noqa: E402
 from granitemoe import GraniteMoeForCausalLM as Model  # noqa: E402
 from granitemoe import KVCache  # noqa: E402
 
@@ -220,7 +219,8 @@ class Bench:
         peak = peak_of(lambda: seconds.append(timed(first, self.device)), self.device)
         mode, cache, logits = made
         difference = float((logits - truth).norm() / truth.norm())
-        require(difference < MAX_DIFFERENCE, f"{name}: logits differ by {difference}")
+        if not difference < MAX_DIFFERENCE:
+            raise ValueError(f"{name}: logits differ by {difference}")
 
         def work(turn: int) -> float:
             def run() -> None:
@@ -262,7 +262,8 @@ class Bench:
             try:
                 works[name], rows[name] = self.prepare(name, item, ids, source, truth)
             except (RuntimeError, NotImplementedError) as error:  # a mode that this machine lacks
-                require(name.startswith("transformers"), f"{name}: {error}")
+                if not name.startswith("transformers"):
+                    raise ValueError(f"{name}: {error}") from None
                 note(f"{item.name}, {name}: {str(error).strip().splitlines()[0]:.120}")
         for name, seconds in self.alternate(works).items():
             self.rows.append(known | rows[name] | {"seconds": seconds})
@@ -356,7 +357,8 @@ def run_in_turn(commands: dict[str, list[str]], rounds: int) -> dict[str, list[t
             took = time.perf_counter() - began
             said = done.stderr if done.returncode else done.stdout
             last = said.decode(errors="replace").strip().rpartition("\n")[2]
-            require(done.returncode == 0, f"{name}: {last:.200}")
+            if done.returncode:
+                raise ValueError(f"{name}: {last:.200}")
             runs[name].append((took, last))
     return {name: found[1:] or found for name, found in runs.items()}
 
@@ -430,8 +432,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.model and not args.dims:
         args.dims = "1b"
-    good = not args.plot or find_spec("matplotlib")
-    require(good, "--plot: needs matplotlib; run: pip install matplotlib")
+    if args.plot and not find_spec("matplotlib"):
+        raise ValueError("--plot: needs matplotlib; run: pip install matplotlib")
     return args
 
 

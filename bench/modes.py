@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 import generate
-from engine import cpu, cuda
-from engine.checkpoint import SPELLINGS, require
+from generate import checkpoint, cpu, cuda
 from granitemoe import GraniteMoeConfig, KVCache
 from granitemoe import GraniteMoeForCausalLM as Model
 
@@ -58,7 +57,7 @@ def peer_of(model: Model, experts: str | None) -> Any:
         other = transformers.GraniteMoeForCausalLM(config)
     weights = dict(model.state_dict())
     head = weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    for new, old in SPELLINGS.items():
+    for new, old in checkpoint.SPELLINGS.items():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
     other.load_state_dict(weights, assign=True)
     rotary = type(other.model.rotary_emb)
@@ -66,7 +65,8 @@ def peer_of(model: Model, experts: str | None) -> Any:
     if experts:
         other.set_experts_implementation(experts)
     shared = other.lm_head.weight.data_ptr() == head.data_ptr()
-    require(shared and not any(p.is_meta for p in other.parameters()), "weights: not shared")
+    if not shared or any(p.is_meta for p in other.parameters()):
+        raise ValueError("weights: not shared")
     return other.eval()
 
 

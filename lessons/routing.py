@@ -134,7 +134,7 @@ def main() -> None:
     add("--layer", type=int, default=0, metavar="I", help="the layer that gives the colours (0)")
     add("--html", type=Path, metavar="FILE", help="write a page instead")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    model, tokenizer = load_model(args.model, dtype="float32"), load_tokenizer(args.model)
     c, prompt = model.config, tokenizer.encode(args.text).ids
     if not 0 <= args.layer < c.num_hidden_layers:
         raise ValueError(f"--layer: must be below {c.num_hidden_layers}, got {args.layer}")

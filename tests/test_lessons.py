@@ -62,6 +62,31 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode == 1 and re.fullmatch(r"score\.py: error: .*no such.*\n", done.stderr)
 
 
+QUOTED = (  # of README.md: what takes no timing, and no training but that of tiny/
+    (walkthrough, "def __init__(self"), (routing, "def add(a, b):", "--max-new-tokens", "12"),
+    (sparsity,), (score, "lessons/common.py"),
+)  # fmt: skip
+NUMBER = re.compile(r"\d[\d,]*\.?\d*")
+
+
+@pytest.mark.parametrize(
+    "lesson, arguments", [(q[0], q[1:]) for q in QUOTED], ids=lambda x: str(x)[:9]
+)
+def test_quoted_outputs_are_real(lesson, arguments, run, monkeypatch):
+    """Line for line, up to rounding, which another processor may do otherwise."""
+    monkeypatch.chdir(ROOT)
+    course = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8").splitlines()
+    printed = run(lesson, *arguments).rstrip().splitlines()
+    name = f"python lessons/{lesson.__name__.rpartition('.')[2]}.py"
+    command = next(n for n, line in enumerate(course) if line.startswith(f"$ {name}"))
+    start = next(n for n in range(command + 1, len(course)) if course[n] not in ("```", ""))
+    for shown, line in zip(course[start : start + len(printed)], printed, strict=True):
+        assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", line).split()
+        numbers = (NUMBER.findall(x.replace(",", "")) for x in (shown, line))
+        for a, b in zip(*numbers, strict=True):
+            assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), line
+
+
 # ---------------------------------------------------------------- routing.py
 
 
