@@ -204,7 +204,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop:
 
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """The same by its flash kernel alone. Raises ValueError if that cannot run."""
+    """That function on its flash kernel alone. Raises ValueError if it cannot run there."""
     T, S = q.shape[2], k.shape[2]
     if mask is not None:
         raise ValueError("attention_backend: 'flash' takes no padding mask; use 'sdpa' or 'eager'")

@@ -104,7 +104,7 @@ def find_folder(path: str | Path) -> Path:
     patterns = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises dozens of classes: it is not to be had
+    except Exception as error:  # the hub's client raises dozens of classes
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{shown(name)}: cannot be downloaded: {reason!a:.100}") from None
 

@@ -2,67 +2,94 @@
 
     python tests/mutate_checks.py [PART]        only the checks whose description contains PART
 
-A check is a call of require(), a raised error, an entry of a table of limits, or an `except` of the
-command. It survives where the tests in TESTS, which must pass as it is, still pass without it.
-Prints the score and exits with 1 where it is below 95 %.
+A check is a call of require(), a raised error, an entry of a table whose loop raises, the range of
+an option, or an `except` of the command. It survives where the tests in TESTS, which must pass as
+it is, still pass without it. Prints the score and exits with 1 where it is below 95 %.
 """
 
 import ast
-import copy
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("granitemoe.py", "generate.py", "engine/checkpoint.py", "engine/tokenizer.py")
-TESTS = ["tests/test_generation.py", "tests/test_checkpoint.py", "tests/test_command.py"]
-SLOW = "soak or fuzz or memory_while or without_asserts or threads"  # no check is theirs alone
-TABLES = ("LIMITS", "CHOICES", "SAMPLING")
+FILES = (
+    "granitemoe.py", "generate.py", "engine/checkpoint.py", "engine/tokenizer.py",
+    "engine/terminal.py", "engine/cuda.py",
+)  # fmt: skip
+TESTS = [f"tests/test_{n}.py" for n in ("generation", "checkpoint", "tokenizer", "cpu", "command")]
+SLOW = "soak or fuzz or memory_while or without_asserts or threads or auto or asked_for or drop_as"
 ANYTHING = ast.parse("lambda x: True", mode="eval").body
 
 
-def checks(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """Each check with a description, and the node that removing it changes."""
-    seen = set()  # an inner function's nodes are met with the outer ones too
-    for scope in [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]:
-        for node in (n for n in ast.walk(scope) if n not in seen):
-            call = getattr(getattr(node, "value", None), "func", None)
-            required = isinstance(node, ast.Expr) and getattr(call, "id", "") == "require"
-            raised = isinstance(node, ast.Raise) and node.exc is not None
-            handler = isinstance(node, ast.ExceptHandler) and scope.name == "main"
-            if required or raised or handler:
-                seen.add(node)
-                yield f"{scope.name}: {ast.unparse(node).splitlines()[0]}", node
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in TABLES:
-            for key in node.value.keys:
-                yield f"{node.targets[0].id}: {key.value}", node
+def raises(node: ast.AST) -> bool:
+    return any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
 
 
-def without(tree: ast.Module, number: int) -> str:
+def checks(tree: ast.Module) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Each check with a description, and what removes it from the tree."""
+    for scope in [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]:
+        where = scope.name
+        for node in inside(scope):
+            for block in ("body", "orelse", "finalbody"):
+                body = getattr(node, block, None)
+                for line in [n for n in body if is_check(n)] if isinstance(body, list) else ():
+                    change = partial(body.__setitem__, body.index(line), ast.Pass())
+                    yield f"{where}: {ast.unparse(line).splitlines()[0]}", change
+            if isinstance(node, ast.ExceptHandler) and where == "run":
+                nothing = partial(setattr, node, "type", ast.Tuple([], ast.Load()))
+                yield f"{where}: {ast.unparse(node).splitlines()[0]}", nothing
+            if isinstance(node, ast.For) and raises(node):
+                for entries in tables(node.iter):
+                    for at, entry in enumerate(entries[0]):
+                        drop = partial(drop_at, entries, at)
+                        yield f"{where}: entry {ast.unparse(entry):.60}", drop
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "option":
+                anything = partial(node.args.__setitem__, 1, ANYTHING)
+                yield f"{where}: {ast.unparse(node.args[1])}", anything
+
+
+def is_check(node: ast.AST) -> bool:
+    call = getattr(getattr(node, "value", None), "func", None)
+    required = isinstance(node, ast.Expr) and getattr(call, "id", "") == "require"
+    return required or (isinstance(node, ast.Raise) and node.exc is not None)
+
+
+def inside(scope: ast.AST) -> Iterator[ast.AST]:
+    """A scope's nodes without those of functions and classes within it, which have their own."""
+    yield scope
+    for child in ast.iter_child_nodes(scope):
+        if not isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+            yield from inside(child)
+
+
+def tables(node: ast.AST) -> Iterator[list[list[ast.AST]]]:
+    """The lists that hold the entries of a literal that a loop goes over."""
+    literal = (
+        node.func.value if isinstance(node, ast.Call) and hasattr(node.func, "value") else node
+    )
+    if isinstance(literal, ast.Dict):
+        yield [literal.keys, literal.values]
+    elif isinstance(literal, ast.Tuple):
+        yield [literal.elts]
+
+
+def drop_at(entries: list[list[ast.AST]], at: int) -> None:
+    for column in entries:
+        del column[at]
+
+
+def without(source: str, number: int) -> str:
     """The source without check `number`."""
-    tree = copy.deepcopy(tree)
-    description, target = list(checks(tree))[number]
-    if isinstance(target, ast.ExceptHandler):
-        target.type = ast.Tuple([], ast.Load())  # catches nothing
-    elif isinstance(target, ast.Assign):
-        table, name = target.value, description.partition(": ")[2]
-        place = [key.value for key in table.keys].index(name)
-        if target.targets[0].id == "SAMPLING":
-            table.values[place].elts[1] = ANYTHING
-        else:
-            del table.keys[place], table.values[place]
-    else:
-        for node in ast.walk(tree):
-            for block in ("body", "orelse", "handlers", "finalbody"):
-                found = getattr(node, block, None)
-                if isinstance(found, list) and target in found:
-                    found[found.index(target)] = ast.Pass()
+    tree = ast.parse(source)
+    _, remove = list(checks(tree))[number]
+    remove()
     return ast.unparse(ast.fix_missing_locations(tree))
 
 
@@ -70,9 +97,11 @@ def survives(job: tuple[str, str, str]) -> bool:
     """Run the tests against a copy with one file replaced; stops at the first that fails."""
     file, source, _ = job
     with tempfile.TemporaryDirectory(prefix="mutant") as folder:
-        for name in FILES:
+        for name in ("granitemoe.py", "generate.py", "test_granitemoe.py"):
             shutil.copy(ROOT / name, folder)
-        shutil.copytree(ROOT / "tests", Path(folder) / "tests")
+        for name in ("tests", "engine"):
+            shutil.copytree(ROOT / name, Path(folder) / name)
+        (Path(folder) / "tiny").symlink_to(ROOT / "tiny")
         (Path(folder) / file).write_text(source)
         line = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS]
         line += ["-k", f"not ({SLOW})"]
@@ -87,11 +116,11 @@ def survives(job: tuple[str, str, str]) -> bool:
 def main(part: str = "") -> int:
     jobs = []
     for file in FILES:
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        for number, (description, _) in enumerate(checks(tree)):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for number, (description, _) in enumerate(checks(ast.parse(source))):
             name = f"{file} {description}"
             if part in name:
-                jobs.append((file, without(tree, number), name))
+                jobs.append((file, without(source, number), name))
     if not survives((FILES[0], (ROOT / FILES[0]).read_text(encoding="utf-8"), "nothing removed")):
         sys.exit("the tests fail as it is: removing a check would show nothing")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
