@@ -204,21 +204,22 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop:
 
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """That function on its flash kernel alone. Raises ValueError if it cannot run there."""
-    T, S = q.shape[2], k.shape[2]
+    """That function on its flash kernel alone. Raises ValueError where it cannot run."""
     if mask is not None:
         raise ValueError("attention_backend: 'flash' takes no padding mask; use 'sdpa' or 'eager'")
+    T, S, options = q.shape[2], k.shape[2], {"scale": scale, "enable_gqa": True}
     if 1 < T < S:  # here too the triangle starts at the first key: let the queries fill it up
         q = F.pad(q, (0, 0, S - T, 0))
-    options = {"is_causal": T > 1, "scale": scale, "enable_gqa": True}
+    where = f"on {q.device} in {q.dtype}, head_dim {q.shape[3]}, dropout {drop}"
+    refusal = ValueError(f"attention_backend: 'flash' cannot run {where}; use 'sdpa'")
+    if q.device.type not in ("cpu", "cuda"):  # where the choice of a kernel is not heeded
+        raise refusal
     try:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, None, drop, **options)[:, :, -T:]
+            y = F.scaled_dot_product_attention(q, k, v, None, drop, T > 1, **options)
     except RuntimeError as error:
-        if "No available kernel" not in str(error):
-            raise
-        where = f"on {q.device} in {q.dtype}, head_dim {q.shape[3]}, dropout {drop}"
-        raise ValueError(f"attention_backend: 'flash' cannot run {where}; use 'sdpa'") from None
+        raise (refusal if "No available kernel" in str(error) else error) from None
+    return y[:, :, -T:]
 
 
 ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flash": attend_flash}  # open: add yours
@@ -431,12 +432,11 @@ class KVCache:
         self, config: GraniteMoeConfig, batch_size: int, max_length: int,
         *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: must be an integer >= 1, got {value!r:.60}")
-        heads = (config.num_key_value_heads, max_length, config.head_dim)
-        shape = (config.num_hidden_layers, batch_size, *heads)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        if not all(type(size) is int and size > 0 for size in (batch_size, max_length)):
+            got = f"{batch_size!r:.30} and {max_length!r:.30}"
+            raise ValueError(f"batch_size, max_length: must be integers >= 1, got {got}")
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length)
+        self.keys = torch.empty(*shape, config.head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
         self.length, self.max_length = 0, max_length
 
@@ -453,7 +453,7 @@ class KVCache:
 
 def visible(slots: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, 1, T, S), True where the query in each of the T slots may look: back, at no padding.
-    One of padding before a row's first token sees all, since no softmax may be empty."""
+    A query before its row's first token sees all, since no softmax may be empty."""
     causal = torch.arange(attention_mask.shape[1], device=slots.device) <= slots[:, None]
     mask = causal[None, None] & attention_mask[:, None, None, :].bool()
     return mask | ~mask.any(dim=-1, keepdim=True)

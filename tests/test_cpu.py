@@ -129,6 +129,9 @@ def test_a_form_that_cannot_run_is_named(folder, monkeypatch):
     with pytest.raises(ValueError, match="'flash' cannot run on cpu in torch.float16"):
         generate.load_model(folder, dtype="float16", attention_backend="flash")
     monkeypatch.undo()
+    q = torch.zeros(1, 2, 3, 8, device="meta")
+    with pytest.raises(ValueError, match="'flash' cannot run on meta in torch.float32"):
+        granitemoe.attend_flash(q, q, q, None, 1.0, 0.0)
     model = generate.load_model(folder, experts_backend="grouped").double()
     with pytest.raises(ValueError, match="'grouped' cannot run on cpu in torch.float64"):
         model(torch.tensor([[5, 6]]))

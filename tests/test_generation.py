@@ -134,6 +134,13 @@ def test_bad_inputs(name, model):
         model(**{"input_ids": TWO, **inputs})
 
 
+@pytest.mark.parametrize("ids", (TWO - 9, TWO * 100))
+def test_ids_out_of_range(ids, model):
+    """The embedding refuses them on a CPU; generate looks at every id, whatever the device."""
+    with pytest.raises(IndexError):
+        model(ids)
+
+
 @pytest.mark.parametrize("name", BAD_CACHES)
 def test_bad_caches(name, model):
     """Refused before anything is written to them."""
