@@ -23,10 +23,11 @@ with terminal.starting(__name__):
     import torch
     from torch import Tensor
 
-    from engine import checkpoint, cpu, cuda
+    from engine import checkpoint, cpu, cuda  # importing cpu adds its forms to the two tables
     from engine.checkpoint import CheckpointError  # noqa: F401  (what load_model raises)
+    from engine.cuda import Step
     from engine.tokenizer import END, chat_ids, decoder, encode, load_tokenizer
-    from granitemoe import ATTENTION, EXPERTS, GraniteMoeForCausalLM, KVCache, choose_experts
+    from granitemoe import ATTENTION, GraniteMoeForCausalLM, KVCache, choose_experts
 
 if TYPE_CHECKING:  # imported where text is used, so that ids need no tokenizer
     from tokenizers import Tokenizer
@@ -58,10 +59,10 @@ def load_model(
     dtype = pick_dtype(dtype or checkpoint.own_dtype(config, stored))
     attention, experts = pick_forms((attention_backend, experts_backend), device, dtype)
     config = replace(config, attention_backend=attention, experts_backend=experts)
-    q, k = (torch.zeros(1, n, 2, config.head_dim, dtype=dtype, device=device) for n in (2, 1))
-    ATTENTION[attention](q, k, k, None, 1.0, 0.0)  # raises ValueError if it cannot run here
     model = checkpoint.empty_model(folder, config, stored)
     names = checkpoint.match_tensors(folder, stored, model)
+    q, k = (torch.zeros(1, n, 2, config.head_dim, dtype=dtype, device=device) for n in (2, 1))
+    ATTENTION[attention](q, k, k, None, 1.0, 0.0)  # a try: ValueError if it cannot run here
     weights: dict[str, Tensor] = {}
     for name, tensor in checkpoint.read_tensors(stored, names, dtype, device):
         weights[name] = tensor
@@ -89,11 +90,11 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def pick_forms(forms: tuple[str, str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Of attention and of the experts, with a name for "auto": that of the fastest here."""
+    """Names of attention and experts, with "auto" replaced by the fastest for device and dtype.
+    "blocks" and "runs" are engine/cpu.py's; all forms give the same numbers."""
     attention = "blocks" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
-    experts = {"cpu": "runs", "cuda": "batched"}.get(device.type, "loop")
-    best = zip(forms, (attention, experts), strict=True)
-    return [fastest if form == "auto" else form for form, fastest in best]
+    fastest = (attention, "batched" if device.type == "cuda" else "runs")
+    return [best if form == "auto" else form for form, best in zip(forms, fastest, strict=True)]
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -113,8 +114,8 @@ def generate(
     Raises ValueError for bad arguments at once, and for logits that are not finite, at their step.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    limits = [model.config.max_position_embeddings, *([cache.max_length] if cache else [])]
-    context = min(limits) - (cache.length if cache else 0)
+    context = model.config.max_position_embeddings
+    context = min(context, cache.max_length) - cache.length if cache else context
     check_prompts(prompts, model.config.vocab_size - 1, context)
     if cache and len(prompts) > 1:
         raise ValueError(f"prompts: must be one with a cache, got {len(prompts)}")
@@ -132,8 +133,8 @@ def _steps(
     if max(limits) < 1:
         return
     weight, B, longest = model.model.norm.weight, len(prompts), max(map(len, prompts))
-    device, kind = weight.device, {"device": weight.device, "dtype": weight.dtype}
-    cache = cache or KVCache(model.config, B, longest + max(limits), **kind)
+    device, like = weight.device, {"device": weight.device, "dtype": weight.dtype}
+    cache = cache or KVCache(model.config, B, longest + max(limits), **like)
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
     for row, ids in enumerate(prompts):
         seen[row, ids] = True
@@ -143,13 +144,13 @@ def _steps(
     draw = uniform_rows(sampling.seed, B, device)
     step, uniform = plain_step(model, cache, pads, choose), draw()
     for chunk in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
-        new = step(chunk, uniform)
+        new = step(chunk, uniform)  # the last chunk's counts
     if compiled and max(limits) > 1:
         engine = cuda if device.type == "cuda" else cpu
         step = engine.token_step(model, cache, pads, choose)
     for count in range(max(limits)):
         ids = new.tolist()  # synchronises with the host
-        if -1 in ids:
+        if -1 in ids:  # next_ids' mark
             raise ValueError(f"logits: not finite at step {count}; a wider dtype may help")
         ids = [i if count < limit else None for i, limit in zip(ids, limits, strict=True)]
         yield ids
@@ -160,13 +161,10 @@ def _steps(
         new = step(new[:, None], uniform if sampling.temperature == 0 else draw())
 
 
-Step = Callable[[Tensor, Tensor], Tensor]  # ids or logits, and uniform numbers, to new ids (B,)
-
-
 def plain_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choose: Step) -> Step:
-    """A function from ids (B, T), which the cache then holds, and uniform numbers (B, 1).
+    """A step: from ids (B, T), which the cache then holds, and uniform numbers (B, 1) to new ids.
     pads (B, 1): how many slots of the cache each row leaves empty on the left; masks come from
-    them, since the id that pads is a real one too. choose: from logits (B, V) and numbers."""
+    them, since the id that pads is a real one too. choose: from logits (B, V) and the numbers."""
     mask = torch.arange(cache.max_length, device=pads.device) >= pads  # (B, S)
     padded = bool(pads.any())
 
@@ -190,15 +188,16 @@ def check_prompts(prompts: list[list[int]], last: int, context: int) -> None:
             raise ValueError(f"prompts[{row}]: must be a list of ids, not empty")
         for at, i in enumerate(ids):
             if type(i) is not int or not 0 <= i <= last:
-                raise ValueError(f"prompts[{row}][{at}]: must be from 0 to {last}, got {i!a:.40}")
+                where = f"prompts[{row}][{at}]: {i!a:.40}"
+                raise ValueError(f"{where} must be an integer from 0 to {last}")
         if len(ids) > context:
             has = f"has {len(ids)} tokens, the context has room for {context}"
             raise ValueError(f"prompts[{row}]: {has}")
 
 
 # ------------------------------------------------------------------------------------ the next id
-def option(default: float | None, test: Callable, allowed: str, help: str) -> float | None:
-    """A field of Sampling: its test, what is allowed in words, and the command's help."""
+def option(default: float | None, test: Callable, allowed: str, *help: str) -> float | None:
+    """A field of Sampling: its test, what is allowed in words, the command's letter and help."""
     return field(default=default, metadata={"test": test, "allowed": allowed, "help": help})
 
 
@@ -206,19 +205,20 @@ def option(default: float | None, test: Callable, allowed: str, help: str) -> fl
 class Sampling:
     """generate's arguments of these names, and the command's options. Raises ValueError."""
 
-    max_new_tokens: int = option(128, lambda x: x >= 0, "an integer >= 0", "at the most")
+    max_new_tokens: int = option(128, lambda x: x >= 0,
+        "an integer >= 0", "N", "how many at the most (default: 128)")  # fmt: skip
     temperature: float = option(0.0, lambda x: x == 0 or 1e-4 <= x <= 1e4,
-        "0 (greedy) or 1e-4 to 1e4", "0: the likeliest")  # fmt: skip
+        "0 (greedy) or 1e-4 to 1e4", "T", "0 (default): the likeliest; else sampled")  # fmt: skip
     top_k: int = option(0, lambda x: x >= 0,
-        "an integer >= 0 (0 is off)", "keep the K likeliest; 0 keeps all")  # fmt: skip
+        "an integer >= 0 (0 is off)", "K", "keep the K likeliest; 0 keeps all")  # fmt: skip
     top_p: float = option(1.0, lambda x: 0 < x <= 1,
-        "over 0 and at most 1 (1 is off)", "keep the likeliest that hold P")  # fmt: skip
+        "over 0 and at most 1 (1 is off)", "P", "keep the likeliest that hold P of it")  # fmt: skip
     min_p: float = option(0.0, lambda x: 0 <= x <= 1,
-        "from 0 (off) to 1", "drop below P times the likeliest")  # fmt: skip
+        "from 0 (off) to 1", "P", "drop what is below P times the likeliest")  # fmt: skip
     repetition_penalty: float = option(1.0, lambda x: 0.01 <= x <= 100,
-        "from 0.01 to 100 (1 is off)", "over 1: repeat less")  # fmt: skip
+        "from 0.01 to 100 (1 is off)", "X", "over 1: repeat less")  # fmt: skip
     seed: int | None = option(None, lambda x: 0 <= x < 2**63,
-        "an integer from 0 to 2^63 - 1", "the same seed gives the same text")  # fmt: skip
+        "an integer from 0 to 2^63 - 1", "S", "the same seed, the same samples")  # fmt: skip
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -238,8 +238,8 @@ def sampling_probs(
     In order: divide by the temperature (0 puts all on the most likely id, the lowest of several),
     keep the top_k largest, the smallest set that holds top_p of the mass (arXiv 1904.09751), and
     what has at least min_p of the largest probability (arXiv 2407.01082)."""
-    shape = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    return filtered_probs(logits.float(), shape)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return filtered_probs(logits.float(), sampling)
 
 
 def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -266,7 +266,7 @@ def next_ids(logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling) 
     """The next id of each row (B,), -1 where its logits (B, V) are not finite.
 
     uniform (B, 1): a number from 0 to 1 a row, which picks the id by the cumulative probabilities.
-    seen (B, V): the ids that the penalty is for (arXiv 1909.05858). Does not synchronise."""
+    seen (B, V): True for ids that the penalty is for (arXiv 1909.05858). Does not synchronise."""
     finite = torch.isfinite(logits).all(dim=-1)
     if (penalty := sampling.repetition_penalty) != 1:
         punished = torch.where(logits < 0, logits * penalty, logits / penalty)
@@ -289,8 +289,8 @@ def uniform_rows(seed: int | None, rows: int, device: torch.device) -> Callable[
 
     def draw() -> Tensor:
         numbers = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
-        kind = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
-        return torch.stack(numbers).to(device, kind)
+        wide = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
+        return torch.stack(numbers).to(device, wide)
 
     return draw
 
@@ -344,7 +344,7 @@ def stream(
     model: GraniteMoeForCausalLM, prompts: list[list[int]], heads: list[str],
     decode: Decode, args: argparse.Namespace, cache: KVCache | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Generate and print: the first row as it is made, each other once those before it ended."""
+    """Generate and print, after heads: the first row as it is made, the others in turn."""
     eos = model.config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
     rows = [TextStream(decode, args.stop, eos) for _ in prompts]
@@ -363,8 +363,7 @@ def stream(
             break
     rest = zip(texts[first:], rows[first:], strict=True)
     terminal.write("\n\n".join(text + row.finish() for text, row in rest) + "\n")
-    made = [row.made for row in rows]
-    terminal.report(model, prompts, made, times)
+    terminal.report(model, prompts, made := [row.made for row in rows], times)
     return made
 
 
@@ -377,7 +376,7 @@ def converse(
     cache = KVCache(model.config, 1, room, device=weight.device, dtype=weight.dtype)
     messages = [("system", args.system)] if args.system else []
     unread: list[int] = []  # the end of the last reply, which the cache has not seen
-    end = tokenizer.token_to_id(END)
+    end_id = tokenizer.token_to_id(END)
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
     while line := terminal.read_line():
         try:
@@ -389,7 +388,7 @@ def converse(
         if len(ids) >= room - cache.length:
             return terminal.note(f"[the conversation's {room} tokens are full: start a new one]")
         (made,) = stream(model, [ids], [""], decode, args, cache)
-        messages, unread = [], made[-1:] + ([] if made[-1:] == [end] else [end]) + newline
+        messages, unread = [], made[-1:] + ([] if made[-1:] == [end_id] else [end_id]) + newline
         if (seed := args.sampling.seed) is not None:  # or each turn would draw the same numbers
             args.sampling = replace(args.sampling, seed=(seed + 1) % 2**63)
 
@@ -417,8 +416,8 @@ def parse_args() -> argparse.Namespace:
              "--stop: must be a text that is not empty, and not with --raw-ids"),
             (args.compile and args.experts not in ("auto", "batched"),
              "--compile: needs --experts auto or batched"),
-            (args.compile and args.attention == "flash" and args.device.type == "cuda",
-             "--compile: a CUDA graph needs a mask, which flash does not take; use sdpa"),
+            (args.compile and args.attention == "flash",
+             "--compile: its steps take masks, which flash does not; use sdpa"),
         ):  # fmt: skip
             if bad:
                 raise ValueError(message)
@@ -435,17 +434,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("prompts", nargs="*", metavar="PROMPT", help="texts to continue, as one batch; - is stdin")
     add("--model", default=TINY, help="folder or hub id (default: tiny/)")
     for each in fields(Sampling):
-        kind, help = float if each.type is float else int, each.metadata["help"]
-        what = {"type": kind, "default": each.default, "metavar": "X" if kind is float else "N"}
-        add("--" + each.name.replace("_", "-"), help=f"{help} (default: {each.default})", **what)
+        how = {"type": float if each.type is float else int, "default": each.default}
+        letter, help = each.metadata["help"]
+        add("--" + each.name.replace("_", "-"), metavar=letter, help=help, **how)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     add("--chat", action="store_true", help="Granite's chat format; no PROMPT: a conversation")
     add("--system", metavar="TEXT", help="the system message of --chat")
     add("--raw-ids", action="store_true", help="prompts and output are token ids")
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:N")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's")
-    add("--attention", choices=("auto", *ATTENTION), default="auto", help="(default: auto)")
-    add("--experts", choices=("auto", "batched", *EXPERTS), default="auto", help="(default: auto)")
+    forms = "same numbers, another speed (default: auto)"
+    add("--attention", choices=("auto", *ATTENTION), default="auto", help=forms)
+    add("--experts", choices=("auto", "batched", "loop", "runs"), default="auto", help=forms)
     add("--compile", action="store_true", help="compile first, then decode faster")
 
 
@@ -463,10 +463,11 @@ def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokeni
         terminal.note(f"[compiled in {time.perf_counter() - began - loaded:.1f} s]")
     c, dtype = model.config, str(model.model.norm.weight.dtype).removeprefix("torch.")
     total, active = (model.num_parameters(active=a) / 1e6 for a in (False, True))
-    few_and_many, E = (1, c.num_local_experts + 1), c.num_local_experts  # assignments
-    forms = {choose_experts(c.experts_backend, args.device, M, E): M for M in few_and_many}
-    names = f"attention {c.attention_backend}, experts {'/'.join(forms)}"
-    names += ", steps compiled" if args.compile else ""
+    E, engine = c.num_local_experts, cuda if args.device.type == "cuda" else cpu
+    forms = [choose_experts(c.experts_backend, args.device, M, E) for M in (1, E + 1)]
+    names = f"attention: {c.attention_backend}, experts: {'/'.join(dict.fromkeys(forms))}"
+    if args.compile:
+        names += f", compiled steps: {engine.step_form(model, max(1, len(args.prompts)))}"
     size = f"{total:.1f} M parameters, {active:.1f} M active"
     terminal.note(f"[{size}; {args.device}, {dtype}, {names}; loaded in {loaded:.2f} s]")
     if args.shows:

@@ -5,22 +5,24 @@ per token: Granite 3.0/3.1 1b-a400m (32 experts), 3b-a800m and PowerMoE-3b (40),
 Read in order: config, norm and positions, attention, mixture of experts, model, language model.
 
 The whole model, for the ids of a sequence; lines 2 and 3 are one layer and repeat. The four scalars
-are the config's embedding_, residual_ and attention_multiplier (m_*) and logits_scaling:
+are the config's embedding_, residual_ and attention_multiplier (m_*) and logits_scaling. The router
+is a matrix: the K largest of its scores choose experts, and their softmax is w. An expert
+is three matrices: expert(x) = down(silu(gate x) * up x).
 
     x = m_embedding * Embedding(ids)
     x = x + m_residual * Attention(RMSNorm(x))      causal, RoPE, scores q.k * m_attention
     x = x + m_residual * Experts(RMSNorm(x))        sum over the K chosen of w_k * expert_k(x)
     logits = Head(RMSNorm(x)) / logits_scaling
 
-What makes Granite Granite. Break any of these and the text stays fluent, but is wrong:
-- embedding_multiplier (12): scales embeddings up to the size at which muP trains every width alike.
+What makes Granite Granite. Break any of these and nothing fails: the text is wrong, often fluently.
+- embedding_multiplier (12): scales embeddings up, as muP (arXiv 2203.03466) asks for every width.
 - attention_multiplier (1/64): 1/head_dim and not 1/sqrt(head_dim), the muP rule for attention.
-- residual_multiplier (0.22): damps each block's output, so that depth does not inflate the stream.
-- logits_scaling (6): divides the logits; the head is the embedding itself, which has another scale.
-- gate|up order: the first half of an expert's packed rows is the gate, the second is what it gates.
+- residual_multiplier (0.22): damps what a block adds to x, the residual stream, whatever the depth.
+- logits_scaling (6): divides the logits, which a tied head, the embedding matrix, makes too large.
+- gate|up order: both are stored as one matrix; its first half is the gate, its second the up.
 - renormalised softmax: the K routing weights are a softmax over the K chosen logits; they sum to 1.
 - RMSNorm's casts: normalise in float32, cast back, and only then multiply by the weight.
-- dropless: no capacity, every token reaches all K experts that it chose.
+- dropless: every token reaches all K experts that it chose; none has a capacity to exceed.
 
 Dimension key (one letter, one size; x_ND has shape (N, D)):
     B batch            T new tokens           S cached + new tokens   V vocabulary
@@ -34,11 +36,12 @@ Numerics (as in transformers): everything runs in the dtype of the weights, exce
     RoPE angles, cos, sin      float32, cast to the activations' dtype
     attention softmax          float32, cast back (eager; the fused kernels do so inside)
     router logits, softmax     matmul in the model's dtype, then float32; weights cast back
-    sum over experts           float32, cast back
+    sum over experts           float32, cast back (loop; products accumulate so inside)
     losses                     float32
 """
 
 import math
+import threading
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -51,7 +54,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # ----------------------------------------------------------------------------------------- config
 @dataclass
 class GraniteMoeConfig:
-    """The fields of config.json that the model uses, under their names there. Raises ValueError."""
+    """Fields of config.json that the model uses. Raises ValueError (skip the checks at first)."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -73,7 +76,7 @@ class GraniteMoeConfig:
     pad_token_id: int | None = None  # its embedding gets no gradient from the input side
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    router_aux_loss_coef: float = 0.001  # this and the next three matter in training only
+    router_aux_loss_coef: float = 0.001  # this and the next three are for training
     output_router_logits: bool = False
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -84,14 +87,12 @@ class GraniteMoeConfig:
     def __post_init__(self) -> None:
         for field in fields(self):  # whose annotations above say what they take
             name, kind, value = field.name, field.type, getattr(self, field.name)
-            number = type(value) is int or (type(value) is float and kind is float)
-            most = 1 if name == "attention_dropout" else 2**31  # beyond, sizes and float32 overflow
-            positive = number and 0 < value <= most
-            if kind is int and not positive:
-                raise ValueError(f"{name}: must be an integer from 1 to {most}, got {value!a:.60}")
-            off = number and value == 0 and name in ("router_aux_loss_coef", "attention_dropout")
-            if kind is float and not (positive or off):
-                raise ValueError(f"{name}: must be a number over 0, to {most}, got {value!a:.60}")
+            if kind in (int, float):
+                other = {"attention_dropout": (0, 1), "router_aux_loss_coef": (0, 1e18)}
+                low, high = other.get(name, (1, 2**31) if kind is int else (1e-18, 1e18))
+                if type(value) not in (int, kind) or not low <= value <= high:
+                    what = f"{'an integer' if kind is int else 'a number'} from {low} to {high}"
+                    raise ValueError(f"{name}: must be {what}, got {value!a:.60}")
             if kind is bool and type(value) is not bool:
                 raise ValueError(f"{name}: must be true or false, got {value!a:.60}")
         for name, allowed in {
@@ -105,7 +106,6 @@ class GraniteMoeConfig:
             raise ValueError(f"hidden_size / num_attention_heads: must be even, got {D} / {H}")
         if H % G:
             raise ValueError(f"num_attention_heads: {H} is no multiple of num_key_value_heads {G}")
-        self.head_dim = D // H  # C; no field, since config.json has no key for it
         E, K = self.num_local_experts, self.num_experts_per_tok
         if K > E:
             raise ValueError(f"num_experts_per_tok: {K} is more than num_local_experts {E}")
@@ -114,6 +114,10 @@ class GraniteMoeConfig:
             ids = value if name == "eos_token_id" and type(value) is list else [value]
             if not all(i is None or (type(i) is int and 0 <= i <= last) for i in ids):
                 raise ValueError(f"{name}: must be null or from 0 to {last}, got {value!a:.60}")
+
+    @property
+    def head_dim(self) -> int:  # C
+        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_dict(cls, data: dict) -> "GraniteMoeConfig":
@@ -169,15 +173,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def initialise(module: nn.Module, std: float) -> None:
-    """Random matrices; norms stay 1. The meta device, where nothing has values, is left out."""
-    for parameter in module.parameters():
-        if parameter.dim() > 1 and not parameter.is_meta:
-            nn.init.normal_(parameter, std=std)
-
-
 # -------------------------------------------------------------------------------------- attention
-Mask = Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: all that came before
+SWITCHES = threading.Lock()  # sdpa_kernel's are the whole process's: one thread at a time
+Mask = Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: at itself and before
 
 
 def attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
@@ -185,41 +183,41 @@ def attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop
     q (B, H, T, C); k, v (B, G, S, C); drop: dropout probability. Returns (B, H, T, C)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * scale  # (B, H, T, S)
-    if mask is None:  # the last query sees all keys, each one before it a key less
+    if mask is None:  # the last query sees all keys, each query before it one key fewer
         mask = torch.ones_like(scores, dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     scores = scores.masked_fill(~mask, -math.inf)
     return F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype), drop) @ v
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, which never holds all scores at once."""
+    """PyTorch's scaled_dot_product_attention, whose fused kernels hold few scores at a time."""
     T, S, G = q.shape[2], k.shape[2], k.shape[1]
-    if T == 1:  # the query heads of one key head become its rows, so that it is read once
+    if T == 1:  # the H / G query heads of a key head become rows: it is read only once
         rows = q.view(len(q), G, -1, q.shape[3])
         return F.scaled_dot_product_attention(rows, k, v, mask, drop, scale=scale).reshape(q.shape)
-    if mask is None and T < S:  # is_causal ties the triangle to the first key, not to the last
+    if mask is None and T < S:  # is_causal would align the triangle with the first key
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     options = {"is_causal": mask is None, "scale": scale, "enable_gqa": True}
     return F.scaled_dot_product_attention(q, k, v, mask, drop, **options)
 
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """That function on its flash kernel alone. Raises ValueError where it cannot run."""
+    """scaled_dot_product_attention by its flash kernel alone, or else it raises ValueError."""
     if mask is not None:
         raise ValueError("attention_backend: 'flash' takes no padding mask; use 'sdpa' or 'eager'")
     T, S, options = q.shape[2], k.shape[2], {"scale": scale, "enable_gqa": True}
-    if 1 < T < S:  # here too the triangle starts at the first key: let the queries fill it up
+    if 1 < T < S:  # for the same reason, queries are added in front until there are S
         q = F.pad(q, (0, 0, S - T, 0))
-    where = f"on {q.device} in {q.dtype}, head_dim {q.shape[3]}, dropout {drop}"
-    refusal = ValueError(f"attention_backend: 'flash' cannot run {where}; use 'sdpa'")
-    if q.device.type not in ("cpu", "cuda"):  # where the choice of a kernel is not heeded
-        raise refusal
     try:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            y = F.scaled_dot_product_attention(q, k, v, None, drop, T > 1, **options)
+        if q.device.type not in ("cpu", "cuda"):  # elsewhere the choice of a kernel is ignored
+            raise RuntimeError("No available kernel")
+        with SWITCHES, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, None, drop, T > 1, **options)[:, :, -T:]
     except RuntimeError as error:
-        raise (refusal if "No available kernel" in str(error) else error) from None
-    return y[:, :, -T:]
+        if "No available kernel" not in str(error):
+            raise
+        where = f"on {q.device} in {q.dtype}, head_dim {q.shape[3]}, dropout {drop}"
+        raise ValueError(f"attention_backend: 'flash' cannot run {where}; use 'sdpa'") from None
 
 
 ATTENTION = {"eager": attend_eager, "sdpa": attend_sdpa, "flash": attend_flash}  # open: add yours
@@ -267,7 +265,7 @@ class Attention(nn.Module):
 
 # ----------------------------------------------------------------------------- mixture of experts
 class Router(nn.Module):
-    """Scores the experts for each token and chooses K of them."""
+    """Scores the experts for each token and chooses K. Like all modules, named as on disk."""
 
     def __init__(self, config: GraniteMoeConfig) -> None:
         super().__init__()
@@ -294,11 +292,11 @@ def experts_loop(
     """The definition: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where expert e is the k-th
     choice of token x. One expert at a time, on the tokens that chose it. Returns y_ND."""
     y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
-    for e in expert_ids_NK.unique().tolist():  # synchronises with the host
-        tokens, slots = (expert_ids_NK == e).nonzero(as_tuple=True)
+    for e in expert_ids_NK.unique().tolist():  # a GPU's host waits: synchronises
+        tokens, choices = (expert_ids_NK == e).nonzero(as_tuple=True)
         hidden = swiglu(F.linear(x_ND[tokens], gate_up_EPD[e]))
         rows = F.linear(hidden, down_EDF[e]).to(y_ND.dtype)
-        y_ND.index_add_(0, tokens, rows * weights_NK[tokens, slots, None])
+        y_ND.index_add_(0, tokens, rows * weights_NK[tokens, choices, None])
     return y_ND.to(x_ND.dtype)
 
 
@@ -328,6 +326,17 @@ def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tenso
     return order_M, order_M // expert_ids_NK.shape[1], ends_E
 
 
+def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
+    """Each expert's matrix (outputs, inputs) times its own run of rows (M, inputs)."""
+    if rows.dtype == torch.float64:
+        raise ValueError(f"experts_backend: 'grouped' cannot run on {rows.device} in {rows.dtype}")
+    _, outputs, inputs = weights.shape
+    pad_out, pad_in = (-size % (16 // rows.element_size()) for size in (outputs, inputs))
+    if pad_out or pad_in:  # the kernel wants rows of whole 16 bytes, as all released sizes are
+        rows, weights = F.pad(rows, (0, pad_in)), F.pad(weights, (0, pad_in, 0, pad_out))
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)[:, :outputs]
+
+
 def experts_grouped(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
@@ -338,17 +347,6 @@ def experts_grouped(
     rows_MD = grouped_product(swiglu(rows_MP), down_EDF, ends_E)
     out_NKD = rows_MD[order_M.argsort()].view(*weights_NK.shape, -1)  # as before the sorting
     return (weights_NK[:, None] @ out_NKD)[:, 0]
-
-
-def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's matrix (outputs, inputs) times its own run of rows (M, inputs)."""
-    if rows.dtype == torch.float64:
-        raise ValueError(f"experts_backend: 'grouped' cannot run on {rows.device} in {rows.dtype}")
-    _, outputs, inputs = weights.shape
-    odd_out, odd_in = (-size % (16 // rows.element_size()) for size in (outputs, inputs))
-    if odd_out or odd_in:  # the kernel wants rows of whole 16 bytes, as all released sizes are
-        rows, weights = F.pad(rows, (0, odd_in)), F.pad(weights, (0, odd_in, 0, odd_out))
-    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)[:, :outputs]
 
 
 def experts_gathered(
@@ -365,9 +363,9 @@ EXPERTS = {"loop": experts_loop, "grouped": experts_grouped, "gathered": experts
 
 
 def choose_experts(backend: str, device: torch.device, assignments: int, E: int) -> str:
-    """The name in EXPERTS of the form that runs; it is decided here and nowhere else.
-    "auto" is "batched" on CUDA, where synchronising with the host costs most, and "loop" elsewhere.
-    "batched" is "gathered" while assignments are no more than experts, and "grouped" beyond."""
+    """The name in EXPERTS of what runs, decided here alone where a config leaves it open: "auto" is
+    "batched" on CUDA, where synchronising with the host costs most, and "loop" elsewhere; "batched"
+    is "gathered" while assignments are no more than experts, and "grouped" beyond."""
     if backend == "auto":
         backend = "batched" if device.type == "cuda" else "loop"
     if backend == "batched":
@@ -376,7 +374,7 @@ def choose_experts(backend: str, device: torch.device, assignments: int, E: int)
 
 
 class ExpertWeights(nn.Module):
-    """One matrix for each expert (E, outputs, inputs); the forms of the experts multiply by it."""
+    """One matrix for each expert (E, outputs, inputs), which the functions in EXPERTS use."""
 
     def __init__(self, experts: int, outputs: int, inputs: int) -> None:
         super().__init__()
@@ -404,6 +402,13 @@ class MoE(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------ model
+def initialise(module: nn.Module, std: float) -> None:
+    """Random matrices; norms stay 1. The meta device, where nothing has values, is left out."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1 and not parameter.is_meta:
+            nn.init.normal_(parameter, std=std)
+
+
 class DecoderLayer(nn.Module):
     """Attention, then experts, each on the normalised stream and added back to it, damped."""
 
@@ -426,7 +431,7 @@ class DecoderLayer(nn.Module):
 
 class KVCache:
     """Keys and values of the tokens seen, (layers, B, G, max_length, C) each, allocated once.
-    `length` counts the slots filled; the memory of others is not touched."""
+    Slots from `length` on are not initialised."""
 
     def __init__(
         self, config: GraniteMoeConfig, batch_size: int, max_length: int,
@@ -444,7 +449,7 @@ class KVCache:
         """(T,): where the next T tokens go."""
         return torch.arange(self.length, self.length + T, device=self.keys.device)
 
-    def span(self, T: int) -> int:  # S: how many slots the next T tokens' attention goes over
+    def span(self, T: int) -> int:  # S: how many slots the next T tokens may attend to
         return self.length + T
 
     def layer(self, i: int) -> Past:
@@ -452,8 +457,8 @@ class KVCache:
 
 
 def visible(slots: Tensor, attention_mask: Tensor) -> Tensor:
-    """(B, 1, T, S), True where the query in each of the T slots may look: back, at no padding.
-    A query before its row's first token sees all, since no softmax may be empty."""
+    """(B, 1, T, S), True where the query in each of T slots may look: not ahead, not at padding.
+    A query before its row's first token sees all: a softmax over nothing would be NaN."""
     causal = torch.arange(attention_mask.shape[1], device=slots.device) <= slots[:, None]
     mask = causal[None, None] & attention_mask[:, None, None, :].bool()
     return mask | ~mask.any(dim=-1, keepdim=True)
@@ -463,21 +468,18 @@ def check_inputs(
     model: "GraniteMoeModel", input_ids: Tensor, attention_mask: Tensor | None,
     position_ids: Tensor | None, cache: KVCache | None,
 ) -> None:  # fmt: skip
-    """Raises ValueError for shapes and dtypes that do not fit each other, the model or the cache.
-    Values are not looked at, since that would synchronise with the host."""
-    integers = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32)
-    if not integers or input_ids.dim() != 2 or not input_ids.numel():
-        raise ValueError("input_ids: must be a tensor of integers (B, T), and not empty")
-    B, T = input_ids.shape
+    """Raises ValueError for shapes and dtypes that do not fit; values are not waited for."""
+    B, T = input_ids.shape if isinstance(input_ids, Tensor) and input_ids.dim() == 2 else (0, 0)
     S = T if cache is None else cache.span(T)
-    for name, x, shapes in (
-        ("position_ids", position_ids, [(B, T), (1, T)]),
-        ("attention_mask, cached tokens included", attention_mask, [(B, S)]),
+    for name, x, shapes, extra in (
+        ("input_ids", input_ids, [(B, T)] * (B * T > 0), []),
+        ("position_ids", position_ids, [(B, T), (1, T)], []),
+        ("attention_mask", attention_mask, [(B, S)], [torch.bool]),  # cached tokens included
     ):
-        if x is not None and (x.is_floating_point() or tuple(x.shape) not in shapes):
-            raise ValueError(
-                f"{name}: must be integers {shapes[0]}, got {x.dtype} {tuple(x.shape)}"
-            )
+        tensor = isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32, *extra)
+        if (x is not None or B * T == 0) and not (tensor and tuple(x.shape) in shapes):
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: must be integers {shapes or '(B, T)'}, got {got}")
     if cache is not None:
         c, dtype = model.config, model.embed_tokens.weight.dtype
         expected = (c.num_hidden_layers, B, c.num_key_value_heads, c.head_dim, dtype)
@@ -494,7 +496,7 @@ class GraniteMoeModel(nn.Module):
     def __init__(self, config: GraniteMoeConfig) -> None:
         super().__init__()
         self.config = config
-        empty = torch.empty(config.vocab_size, config.hidden_size)  # filled by initialise
+        empty = torch.empty(config.vocab_size, config.hidden_size)  # initialise fills it
         self.embed_tokens = nn.Embedding(*empty.shape, config.pad_token_id, _weight=empty)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -527,14 +529,13 @@ def load_balancing_loss(
     router_logits: tuple[Tensor, ...], top_k: int, attention_mask: Tensor | None = None
 ) -> Tensor:
     """E * sum_e (choices of e per token) * (mean probability of e), over all layers' real tokens.
-
     router_logits: (N, E) a layer; attention_mask: (B, T), 0 for padding. Perfect balance gives
-    exactly K (arXiv 2101.03961, eq. 4-6, with the K slots summed)."""
+    exactly K (arXiv 2101.03961, eq. 4-6, with the K choices summed)."""
     probs = torch.cat(router_logits).softmax(dim=-1)  # (layers * N, E)
     chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k, dim=-1).indices, 1.0)
     real = probs.new_ones(len(probs), 1)
     if attention_mask is not None:
-        real = attention_mask.reshape(-1, 1).to(probs).repeat(len(router_logits), 1)
+        real = attention_mask.bool().reshape(-1, 1).to(probs).repeat(len(router_logits), 1)
     choices_E, mean_probs_E = ((x * real).sum(dim=0) / real.sum() for x in (chosen, probs))
     return probs.shape[1] * (choices_E * mean_probs_E).sum()
 
@@ -567,12 +568,11 @@ class GraniteMoeForCausalLM(nn.Module):
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:  # fmt: skip
         """Predict the token after each of input_ids (B, T).
-
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; S counts cached tokens.
         position_ids (B, T): 0, 1, ... after the cached tokens if None; left padding needs them.
         labels (B, T): shifted inside, -100 is ignored; the loss is the mean in nats, plus the
         auxiliary loss times its coefficient where router logits are asked for.
-        logits_to_keep: compute only so many last positions; 0 computes all.
+        logits_to_keep: compute only this many last positions; 0 computes all.
         Raises ValueError for inputs that do not fit each other, the model or the cache."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: must be >= 0, got {logits_to_keep}")

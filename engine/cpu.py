@@ -4,13 +4,13 @@ Reasons with a figure are of two cores of an AMD EPYC with AVX-512 (bench/RESULT
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.cuda import compile_layers
+from engine import cuda
+from engine.cuda import Step
 from granitemoe import (
     ATTENTION,
     EXPERTS,
@@ -18,6 +18,7 @@ from granitemoe import (
     KVCache,
     Mask,
     attend_sdpa,
+    rope_tables,
     sort_by_expert,
     swiglu,
 )
@@ -29,6 +30,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dro
     """attend_eager for 64 queries at a time, whose scores stay in the processor's cache.
 
     In bfloat16, a prompt takes half the time of PyTorch's kernel. One query is left to attend_sdpa.
+    A mask, where there is one, must be causal too, as the model's is.
     """
     T, G, S = q.shape[2], k.shape[1], k.shape[2]
     if T == 1:
@@ -109,24 +111,40 @@ ATTENTION["blocks"] = attend_blocks
 EXPERTS |= {"runs": experts_runs, "fused": experts_fused}
 
 
-def token_step(
-    model: GraniteMoeForCausalLM,
-    cache: KVCache,
-    pads: Tensor,
-    choose: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[Tensor, Tensor], Tensor]:
+def step_form(model: GraniteMoeForCausalLM, rows: int) -> str:
+    """The form of the experts in a compiled step of so many rows: grouping compiles in bfloat16."""
+    grouped = cuda.step_form(model, rows) == "grouped"
+    return "grouped" if grouped and model.model.norm.weight.dtype == torch.bfloat16 else "fused"
+
+
+def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choose: Step) -> Step:
     """The step of one token a row, its layers compiled; see generate.plain_step for the arguments.
 
     Raises ValueError if they cannot be compiled.
     """
-    few = len(pads) * model.config.num_experts_per_tok <= model.config.num_local_experts
-    compiled = compile_layers(model, len(pads), "fused" if few else "grouped")
+    compiled, rows = cuda.compile_layers(model, step_form(model, len(pads))), len(pads)
+    padded = bool(pads.any())
     mask = torch.arange(cache.max_length, device=pads.device) >= pads  # (B, S)
 
+    def inputs(at: int) -> dict[str, Tensor]:
+        return {"attention_mask": mask[:, : at + 1], "position_ids": at - pads} if padded else {}
+
     def step(ids: Tensor, uniform: Tensor) -> Tensor:
-        at = cache.length
-        inputs = {"attention_mask": mask[:, : at + 1], "position_ids": at - pads}
-        logits = compiled(ids, cache=cache, **inputs).logits
+        logits = compiled(ids, cache=cache, **inputs(cache.length)).logits
         return choose(logits[:, -1].float(), uniform)
 
+    with cuda.compiling():
+        for room in (3, 4):  # a size that has varied is a symbol: any length will do
+            try_layer(compiled, room, rows, padded)
     return step
+
+
+def try_layer(compiled: GraniteMoeForCausalLM, room: int, rows: int, padded: bool) -> None:
+    """Run the first of the layers on zeros, as in a step that then has `room` tokens."""
+    weight, c, T = compiled.model.norm.weight, compiled.config, 1
+    like = {"dtype": weight.dtype, "device": weight.device}
+    cache, x = KVCache(c, rows, 2 * room, **like), torch.zeros(rows, T, c.hidden_size, **like)
+    cache.length = room - T
+    positions = cache.slots(T).expand(rows if padded else 1, T)
+    mask = torch.ones(rows, 1, T, room, dtype=torch.bool, device=weight.device) if padded else None
+    compiled.model.layers[0](x, rope_tables(positions, c, x.dtype), mask, cache.layer(0))

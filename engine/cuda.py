@@ -1,14 +1,25 @@
-"""The same numbers sooner on a GPU: the captured token step, its cache, compiled layers."""
+"""The same numbers sooner on a GPU: the captured token step, its cache; layers compiled for it and,
+while engine/cpu.py has no step of its own, for a CPU."""
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from granitemoe import DecoderLayer, GraniteMoeForCausalLM, KVCache, Past
+from granitemoe import (
+    DecoderLayer,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    KVCache,
+    Past,
+    choose_experts,
+)  # fmt: skip
+
+Step = Callable[[Tensor, Tensor], Tensor]  # see generate.plain_step
 
 
 class FixedPast(Past):
@@ -42,48 +53,44 @@ class FixedCache(KVCache):
         return FixedPast(self.keys[i], self.values[i], self.at)
 
 
-def shadow(module: nn.Module) -> nn.Module:
-    """A copy of a module and all within it, on the same parameters: what is done to its forward and
-    its config is not done to the module."""
+def shadow(module: nn.Module, config: GraniteMoeConfig) -> nn.Module:
+    """A copy of a module and all within it, under another config, on the same parameters."""
     twin = copy.copy(module)
-    twin._modules = {name: shadow(child) for name, child in module._modules.items()}
+    twin._modules = {name: shadow(child, config) for name, child in module._modules.items()}
+    if hasattr(twin, "config"):
+        twin.config = config
     return twin
 
 
-def compile_layers(model: GraniteMoeForCausalLM, rows: int, experts: str) -> GraniteMoeForCausalLM:
-    """The model with its layers compiled for one token in each of `rows` rows, on the same weights.
+def compile_layers(model: GraniteMoeForCausalLM, experts: str) -> GraniteMoeForCausalLM:
+    """The model with layers that are compiled when they first run, one graph for all of them.
 
-    One graph serves all layers and any length of the cache. experts: the form in which they run.
-    Needs a C++ compiler, or Triton on CUDA. Raises ValueError if compiling fails.
+    The model itself is left as it is. experts: the form in which they run. Needs a C++ compiler, or
+    Triton on CUDA.
     """
-    weight = model.model.norm.weight
-    how = {"mode": "max-autotune-no-cudagraphs"} if weight.is_cuda else {}
+    if model.config.attention_backend == "flash":
+        raise ValueError("attention_backend: a compiled step takes masks, 'flash' none; use 'sdpa'")
+    how = {"mode": "max-autotune-no-cudagraphs"} if model.model.norm.weight.is_cuda else {}
     forward = torch.compile(DecoderLayer.forward, fullgraph=True, **how)
-    twin, config = shadow(model), replace(model.config, experts_backend=experts)
-    for module in twin.modules():
-        if hasattr(module, "config"):
-            module.config = config
-    for layer in twin.model.layers:
-        layer.forward = functools.partial(forward, layer)
-    ids = torch.zeros(rows, 1, dtype=torch.long, device=weight.device)
+    twin = shadow(model, replace(model.config, experts_backend=experts))
+    layers = twin.model._modules.pop("layers")
+    twin.model.layers = [functools.partial(forward, layer) for layer in layers.children()]
+    return twin
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """For first runs: whatever a compiler raises, of dozens of classes, to ValueError in a line."""
     try:
-        for length in (2, 3):  # a size that has varied is a symbol: any length will do
-            cache = KVCache(config, rows, 2 * length, device=weight.device, dtype=weight.dtype)
-            cache.length = length
-            mask = torch.ones(rows, length + 1, dtype=torch.bool, device=weight.device)
-            twin(ids, attention_mask=mask, cache=cache)
-    except RuntimeError as error:  # the compiler's own errors are of this class
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"compiling failed: {reason:.120}") from None
-    return twin
 
 
-def capture(
-    model: GraniteMoeForCausalLM,
-    cache: KVCache,
-    pads: Tensor,
-    choose: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[Tensor, Tensor], Tensor]:
+def capture(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choose: Step) -> Step:
     """The step of one token a row as a CUDA graph, sampling included: one launch a step.
 
     See generate.plain_step for the arguments. The ids are those of the same kernels run one by one.
@@ -115,14 +122,18 @@ def capture(
         cache.length += 1
         return new
 
+    replay.reads = step  # a graph does not keep alive what it reads
     return replay
 
 
-def token_step(
-    model: GraniteMoeForCausalLM,
-    cache: KVCache,
-    pads: Tensor,
-    choose: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[Tensor, Tensor], Tensor]:
+def step_form(model: GraniteMoeForCausalLM, rows: int) -> str:
+    """The form of the experts in a compiled step of so many rows."""
+    c, device = model.config, model.model.norm.weight.device
+    return choose_experts("batched", device, rows * c.num_experts_per_tok, c.num_local_experts)
+
+
+def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choose: Step) -> Step:
     """The captured step, its layers compiled. Raises ValueError if they cannot be compiled."""
-    return capture(compile_layers(model, len(pads), "batched"), cache, pads, choose)
+    compiled = compile_layers(model, step_form(model, len(pads)))
+    with compiling():
+        return capture(compiled, cache, pads, choose)

@@ -146,5 +146,6 @@ def run(command: Callable[[], None]) -> int:
         status, message = 1, "out of memory: try a shorter or smaller batch, or another --dtype"
     if status:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would write the rest once more
-        note(f"generate.py: error: {' '.join(message.split())}"[:200] if message else "")
+        if status != 141:  # nobody reads on
+            note(f"generate.py: error: {' '.join(message.split())}"[:200] if message else "")
     return status

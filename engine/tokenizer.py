@@ -55,7 +55,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     folder = find_folder(path)
-    whole = folder / "tokenizer.json"
+    whole, size = folder / "tokenizer.json", read_config(folder).vocab_size
     with naming(whole), panics_caught():
         if whole.exists() or not (folder / "vocab.json").exists():
             open_file(whole).close()
@@ -63,7 +63,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         else:
             tokenizer = tokenizer_from_parts(folder)
         tokenizer.encode("a 1")  # some damage shows only in use
-        last, size = max(tokenizer.get_vocab().values(), default=0), read_config(folder).vocab_size
+        last = max(tokenizer.get_vocab().values(), default=0)
         require(last < size, f"has id {last}, but vocab_size is {size} in config.json")
     return tokenizer
 

@@ -134,7 +134,8 @@ def main() -> None:
     add("--layer", type=int, default=0, metavar="I", help="the layer that gives the colours (0)")
     add("--html", type=Path, metavar="FILE", help="write a page instead")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model, dtype="float32"), load_tokenizer(args.model)
+    exact = "float32" if args.model == TINY else None  # so that all machines print the same
+    model, tokenizer = load_model(args.model, dtype=exact), load_tokenizer(args.model)
     c, prompt = model.config, tokenizer.encode(args.text).ids
     if not 0 <= args.layer < c.num_hidden_layers:
         raise ValueError(f"--layer: must be below {c.num_hidden_layers}, got {args.layer}")
@@ -150,8 +151,10 @@ def main() -> None:
     if sys.stdout.isatty():
         codes = palette(E)
         print("experts", *(paint(f" {e} ", e, codes) for e in range(E)), "\n")
-    print(f"{name}, layer {args.layer}: each token's {K} experts with their weights, then the text")
-    print("on its first experts, generated after ▸, and the load of each layer\n")
+    print(
+        f"{name}, layer {args.layer}: each token's {K} experts with their weights, then the text in"
+    )
+    print("which each shows its first expert (generated after ▸), and the load of each layer\n")
     print(*show(tokens, len(prompt), routing, args.layer, codes), sep="\n")
 
 

@@ -1,6 +1,6 @@
 """What these tests share: small checkpoints as bytes, ways to change them, an audit, forked cases.
 
-Every case writes a checkpoint of its own, so that none of them needs a download or tiny/.
+Every case writes a checkpoint of its own, so that none of them needs a download.
 """
 
 import itertools

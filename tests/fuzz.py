@@ -151,7 +151,7 @@ MUTATIONS = {"reject": REJECT, "either": EITHER, "accept": ACCEPT}
 
 def run_case(folder: Path, change: Change) -> Outcome:
     change(write_files(folder, checkpoint()))
-    outcome = forked(command("--model", str(folder), *ARGS))
+    outcome = forked(command("--model", str(folder), *ARGS), seconds=10)
     shutil.rmtree(folder)
     return outcome
 

@@ -143,11 +143,15 @@ CONFIGS = [
     ("config: no model_type", config("model_type"), "config.json model_type granitemoe"),
     ("config: both rope spellings differ", config(
         rope_parameters={"rope_type": "default", "rope_theta": "x"}), "rope_theta"),
+    ("config: sizes of which no tensor can be", config(hidden_size=2**31), "config.json sizes"),
+    ("config: one huge head", config(hidden_size=2**27, num_attention_heads=1,
+                                     num_key_value_heads=1), f"{WEIGHTS} shape"),
     ("config: untied", config(tie_word_embeddings=False), f"1 missing {HEAD}"),
     *[(f"config: {key} {size}", config(**{key: size}), f"{WEIGHTS} shape") for key, size in (
         ("vocab_size", 301), ("hidden_size", 40), ("intermediate_size", 23),
         ("num_key_value_heads", 4), ("num_local_experts", 6), ("num_attention_heads", 8),
         ("vocab_size", 2**24), ("hidden_size", 2**20), ("num_local_experts", 2**16),
+        ("hidden_size", 2**27), ("intermediate_size", 2**30),
     )],
 ]  # fmt: skip
 FILES = [

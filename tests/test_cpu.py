@@ -1,6 +1,9 @@
 """The forms that a CPU runs sooner, against the definitions; what "auto" names; compiled steps."""
 
 import functools
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -137,14 +140,32 @@ def test_a_form_that_cannot_run_is_named(folder, monkeypatch):
         model(torch.tensor([[5, 6]]))
 
 
+def test_flash_leaves_the_process_its_kernels():
+    """PyTorch's switches are the whole process's: threads that step on each other would leave it
+    with flash alone, and then nothing with a mask or dropout runs."""
+    q = torch.randn(1, 2, 3, 8)
+
+    def act() -> None:
+        for _ in range(500):
+            granitemoe.attend_flash(q, q, q, None, 1.0, 0.0)
+
+    threads = [threading.Thread(target=act) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    backends = torch.backends.cuda
+    assert backends.math_sdp_enabled() and backends.mem_efficient_sdp_enabled()
+
+
 def test_an_own_form(folder):
     """The tables are open; a name that is in none is refused with those that are."""
-    generate.EXPERTS["mine"] = granitemoe.experts_loop
+    granitemoe.EXPERTS["mine"] = granitemoe.experts_loop
     try:
         mine = generate.load_model(folder, experts_backend="mine")
         assert collect(mine, PROMPTS, 5) == collect(generate.load_model(folder), PROMPTS, 5)
     finally:
-        del generate.EXPERTS["mine"]
+        del granitemoe.EXPERTS["mine"]
     with pytest.raises(ValueError, match="experts_backend: must be one of .*'loop'.*got 'mine'"):
         generate.load_model(folder, experts_backend="mine")
 
@@ -152,23 +173,50 @@ def test_an_own_form(folder):
 # --------------------------------------------------------------------------------- compiled steps
 
 
+@pytest.mark.parametrize("attention", ("sdpa", "eager"))
 @pytest.mark.parametrize("prompts", (PROMPTS, PROMPTS[:1]), ids=("padded", "one"))
-def test_compiled_steps_equal_plain_ones(prompts, monkeypatch):
+def test_compiled_steps_equal_plain_ones(prompts, attention, monkeypatch):
     """Traced whole, but not compiled: the ids of the eager model, which is left as it was."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
-    model = GraniteMoeForCausalLM(GraniteMoeConfig.from_dict(random_config(2) | WORDS)).eval()
+    data = random_config(2) | WORDS | {"attention_backend": attention}
+    model = GraniteMoeForCausalLM(GraniteMoeConfig.from_dict(data)).eval()
     fill(model, 2)
-    model = model.bfloat16() if len(prompts) > 1 else model  # where PyTorch groups when compiling
     before = vars(model.config).copy(), [vars(m).copy() for m in model.modules()]
     options = {"repetition_penalty": 1.7}
     compiled = collect(model, prompts, 12, compiled=True, **options)
     assert (vars(model.config), [vars(m) for m in model.modules()]) == before
     assert compiled == collect(model, prompts, 12, **options)
+    calls = []  # a user's hooks see the user's tokens, and nothing else
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    collect(model, prompts, 5, compiled=True)
+    hook.remove()
+    assert len(calls) == 5
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.inf)  # the compiled steps are on the same weights
     with pytest.raises(ValueError, match="not finite"):
         collect(model, prompts, 2, compiled=True)
+
+
+def test_flash_has_no_compiled_step(folder):
+    model = generate.load_model(folder, attention_backend="flash")
+    with pytest.raises(ValueError, match="attention_backend: .*'flash' .* use 'sdpa'"):
+        collect(model, [[5]], 3, compiled=True)
+
+
+def test_a_compiled_model_goes_when_it_is_let_go(monkeypatch, folder):
+    """At once, and not when the collector of cycles comes by: it is the weights' memory."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    model = generate.load_model(folder)
+    collect(model, [[5]], 3, compiled=True)
+    weight = weakref.ref(model.model.layers[1].block_sparse_moe.input_linear.weight)
+    torch.compiler.reset()  # the compiler's own caches may hold what they saw
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_a_compiler_that_fails(tmp_path, monkeypatch):

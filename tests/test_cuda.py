@@ -8,6 +8,8 @@ its first value, and a host that looks at a value in the middle of a step.
 
 import contextlib
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -117,6 +119,35 @@ def test_captured_step_stops_at_what_is_not_finite(device):
         model.model.norm.weight.fill_(torch.inf)
     with pytest.raises(ValueError, match="logits: not finite at step 2"):
         list(steps)
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    """A replay reads the memory of every tensor that the step was given: none may be freed."""
+    given: list[weakref.ref] = []
+    visible = granitemoe.visible
+
+    def spy(slots, attention_mask):
+        given.extend((weakref.ref(slots), weakref.ref(attention_mask)))
+        return visible(slots, attention_mask)
+
+    class Graph:  # unlike the recorder, it holds nothing
+        def replay(self) -> None:
+            """Nothing runs."""
+
+    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(granitemoe, "visible", spy)
+    model = make_model("cpu")
+    cache, pads = KVCache(model.config, 2, 8), torch.tensor([[0], [2]])
+    with torch.inference_mode():
+        step = capture(model, cache, pads, lambda logits, _: logits.argmax(-1))
+    gc.collect()
+    assert len(given) >= 2 and all(ref() is not None for ref in given)
+    assert callable(step)
 
 
 def test_one_compiled_layer_serves_all(monkeypatch):

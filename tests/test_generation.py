@@ -111,7 +111,10 @@ def test_some_token_is_always_left():
 TWO = torch.tensor([[5, 6, 7], [8, 9, 10]])
 ONES = torch.ones(2, 3, dtype=torch.long)
 BAD_INPUTS = {
-    "no tensor": ({"input_ids": [[5]]}, "input_ids"), "a row": ({"input_ids": TWO[0]}, "input_ids"),
+    "no tensor": ({"input_ids": [[5]]}, "input_ids"), "none": ({"input_ids": None}, "input_ids"),
+    "mask of lists": ({"attention_mask": [[1, 1, 1]] * 2}, "attention_mask"),
+    "positions of bools": ({"position_ids": TWO > 6}, "position_ids"),
+    "a row": ({"input_ids": TWO[0]}, "input_ids"),
     "empty": ({"input_ids": TWO[:, :0]}, "input_ids"), "no rows": ({"input_ids": TWO[:0]}, "input"),
     "floats": ({"input_ids": TWO.float()}, "input_ids"), "bools": ({"input_ids": TWO > 6}, "input"),
     "mask of floats": ({"attention_mask": ONES.float()}, "attention_mask"),
@@ -132,6 +135,22 @@ def test_bad_inputs(name, model):
     inputs, word = BAD_INPUTS[name]
     with pytest.raises(ValueError, match=word):
         model(**{"input_ids": TWO, **inputs})
+
+
+@pytest.mark.parametrize("mask", (ONES * 7, ONES * -2, ONES.bool(), ONES.int()))
+def test_a_mask_means_its_truth(mask, model):
+    """On every device alike: any number but 0 is a token, in the logits and in the loss."""
+    mask[1, 0] = 0
+    more = {"output_router_logits": True}
+    a, b = (model(TWO, attention_mask=m, **more) for m in (mask, mask.bool().long()))
+    assert torch.equal(a.logits, b.logits) and torch.equal(a.aux_loss, b.aux_loss)
+
+
+def test_a_mask_may_have_holes(model):
+    """What is masked is as if it were not there, for those who look back at it."""
+    mask, positions = TWO != 6, torch.tensor([[0, 1, 1], [0, 1, 2]])
+    holed = model(TWO, attention_mask=mask, position_ids=positions).logits[0, 2]
+    assert torch.allclose(holed, model(TWO[:1, [0, 2]]).logits[0, 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("ids", (TWO - 9, TWO * 100))

@@ -80,6 +80,8 @@ def test_quoted_outputs_are_real(lesson, arguments, run, monkeypatch):
     name = f"python lessons/{lesson.__name__.rpartition('.')[2]}.py"
     command = next(n for n, line in enumerate(course) if line.startswith(f"$ {name}"))
     start = next(n for n in range(command + 1, len(course)) if course[n] not in ("```", ""))
+    after = course[start + len(printed)]
+    assert after in ("```", ""), f"quoted, but not printed: {after}"
     for shown, line in zip(course[start : start + len(printed)], printed, strict=True):
         assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", line).split()
         numbers = (NUMBER.findall(x.replace(",", "")) for x in (shown, line))
@@ -404,6 +406,16 @@ def test_the_ladder_counts():
     assert loop[1] >= 1 and grouped[1] == gathered[1] == 0
     fetched = SMALL["K"] * 2 * SMALL["F"] * SMALL["D"] * 4  # bytes of a token's gate|up matrices
     assert gathered[2] >= fetched > grouped[2]
+
+
+def test_quoted_counts_of_the_ladder_are_real():
+    course = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(experts_\w+)` \| (\d+) \((\d+)\) \| (\d+) \| (\d+) \|", course, re.M)
+    assert [row[0] for row in rows] == list(ladder.FORMS)
+    inputs = ladder.make_inputs(ladder.COUNTED, ladder.SIZES, torch.float32)
+    for name, *quoted in rows:
+        lines, counts = ladder.count_lines(name), ladder.count(getattr(granitemoe, name), inputs)
+        assert [int(x) for x in quoted] == [lines[name], sum(lines.values()), *counts[:2]]
 
 
 def test_the_meter_sees_what_waits():
