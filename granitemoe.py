@@ -174,7 +174,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- attention
-SWITCHES = threading.Lock()  # sdpa_kernel's are the whole process's: one thread at a time
+SWITCHES = threading.Lock()  # of attend_flash: what it switches is the whole process's
 Mask = Tensor | None  # (B or 1, 1, T, S), True where a query may look; None: at itself and before
 
 
