@@ -420,8 +420,7 @@ def oracle(c: GraniteMoeConfig, w: dict, ids: np.ndarray) -> tuple[np.ndarray, n
 
     ids (T,) to logits (T, V) and router logits (layers, T, E). In form it differs from the model
     where it can: rotations are complex numbers, the softmax over all experts comes before the
-    choice, and every expert sees every token.
-    """
+    choice, and every expert sees every token."""
     T, H, G = len(ids), c.num_attention_heads, c.num_key_value_heads
     C = c.hidden_size // H
     turn = np.exp(1j * np.arange(T)[:, None] * c.rope_theta ** (-np.arange(0, C, 2) / C))

@@ -99,7 +99,7 @@ def test_the_count():
     assert count(source) == (10, 2)
 
 
-@pytest.mark.parametrize("room", [r for r in ROOMS if r.parts[0] in LARGEST], ids=str)
+@pytest.mark.parametrize("room", [r for r in ROOMS if r.parts[0] != "tiny"], ids=str)
 def test_functions(room):
     """On one screen each, with no more parameters than one can remember."""
     for node in ast.walk(parse(room)):
