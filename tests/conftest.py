@@ -244,7 +244,7 @@ def forked(
         _, ended = os.waitpid(pid, 0)
         work = struct.unpack("3q", os.read(peak, 24) or bytes(24))
         os.close(peak)
-        texts = [os.pread(file.fileno(), 2**30, 0).decode(errors="replace") for file in (out, err)]
+        texts = [os.pread(file.fileno(), 2**20, 0).decode(errors="replace") for file in (out, err)]
     return Outcome(os.waitstatus_to_exitcode(ended), *texts, *work)
 
 
