@@ -458,8 +458,8 @@ def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokeni
     how |= {"device": args.device, "dtype": args.dtype, "progress": terminal.progress()}
     model = load_model(folder, **how)
     loaded = time.perf_counter() - began
-    if args.compile:
-        list(generate(model, [[0]] * max(1, len(args.prompts)), 2, compiled=True))
+    if args.compile:  # several prompts are seldom of one length: compiled as rows with padding
+        list(generate(model, [[0, 0], *[[0]] * (len(args.prompts) - 1)], 2, compiled=True))
         terminal.note(f"[compiled in {time.perf_counter() - began - loaded:.1f} s]")
     c, dtype = model.config, str(model.model.norm.weight.dtype).removeprefix("torch.")
     total, active = (model.num_parameters(active=a) / 1e6 for a in (False, True))

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -63,16 +64,21 @@ class Recorder(TorchDispatchMode):
                     old.copy_(value)
 
 
-@pytest.fixture(params=("recorded", pytest.param("cuda", marks=cuda)))
-def device(request, monkeypatch) -> str:
-    if request.param == "cuda":
-        return "cuda"
+def stand_in(monkeypatch, graph: type, recording: Callable) -> None:
+    """Let capturing run without a GPU: `graph` for CUDAGraph, `recording` for what fills it."""
     stream = type("Stream", (), {"wait_stream": lambda self, other: None})
     monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
-    monkeypatch.setattr(torch.cuda, "graph", lambda recorder: recorder)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+
+
+@pytest.fixture(params=("recorded", pytest.param("cuda", marks=cuda)))
+def device(request, monkeypatch) -> str:
+    if request.param == "cuda":
+        return "cuda"
+    stand_in(monkeypatch, Recorder, lambda recorder: recorder)
     monkeypatch.setattr(cpu, "token_step", capture)  # without a compiler
     return "cpu"
 
@@ -134,12 +140,7 @@ def test_a_graph_keeps_what_it_reads(monkeypatch):
         def replay(self) -> None:
             """Nothing runs."""
 
-    stream = type("Stream", (), {"wait_stream": lambda self, other: None})
-    monkeypatch.setattr(torch.cuda, "Stream", stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    stand_in(monkeypatch, Graph, lambda graph: contextlib.nullcontext())
     monkeypatch.setattr(granitemoe, "visible", spy)
     model = make_model("cpu")
     cache, pads = KVCache(model.config, 2, 8), torch.tensor([[0], [2]])
