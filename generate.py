@@ -9,13 +9,13 @@ conversation, the command. Strangers' files and the faster forms of a step are i
 
 import argparse
 import functools
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engine import terminal
 
@@ -24,13 +24,11 @@ with terminal.starting(__name__):
     from torch import Tensor
 
     from engine import checkpoint, cpu, cuda  # importing cpu adds its forms to the two tables
+    from engine.chat import load_chat_template
     from engine.checkpoint import CheckpointError  # noqa: F401  (what load_model raises)
     from engine.cuda import Step
-    from engine.tokenizer import END, chat_ids, decoder, encode, load_tokenizer
+    from engine.tokenizer import decoder, encode, load_tokenizer
     from granitemoe import ATTENTION, GraniteMoeForCausalLM, KVCache, choose_experts
-
-if TYPE_CHECKING:  # imported where text is used, so that ids need no tokenizer
-    from tokenizers import Tokenizer
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,13 +58,13 @@ def load_model(
     attention, experts = pick_forms((attention_backend, experts_backend), device, dtype)
     config = replace(config, attention_backend=attention, experts_backend=experts)
     model = checkpoint.empty_model(folder, config, stored)
-    names = checkpoint.match_tensors(folder, stored, model)
+    checkpoint.match_tensors(folder, stored, model)
     q, k = (torch.zeros(1, n, 2, config.head_dim, dtype=dtype, device=device) for n in (2, 1))
     ATTENTION[attention](q, k, k, None, 1.0, 0.0)  # a try: ValueError if it cannot run here
     weights: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.read_tensors(stored, names, dtype, device):
+    for name, tensor in checkpoint.read_tensors(stored, dtype, device):
         weights[name] = tensor
-        progress(len(weights), len(names))
+        progress(len(weights), len(stored))
     if config.tie_word_embeddings:
         checkpoint.drop_tied_head(folder, weights)
     model.load_state_dict(weights, assign=True)
@@ -137,7 +135,7 @@ def _steps(
     cache = cache or KVCache(model.config, B, longest + max(limits), **like)
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
     for row, ids in enumerate(prompts):
-        seen[row, ids] = True
+        seen[row, cache.ids[row, : cache.length].tolist() + ids] = True
     choose = functools.partial(next_ids, seen=seen, sampling=sampling)
     pads = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
@@ -300,54 +298,59 @@ Decode = Callable[[list[int]], str]
 
 
 class TextStream:
-    """A row's ids in, its text out as soon as it is certain: whole characters, nothing of a stop
-    text or of what comes after an end."""
+    """A row's ids in, its text out as soon as it is certain: decode(prompt + new) from the prompt's
+    end on, in whole characters, without a stop text and what comes after an end."""
 
-    def __init__(self, decode: Decode, stops: list[str], ends: Collection[int]) -> None:
+    def __init__(
+        self, decode: Decode, stops: list[str], ends: Collection[int], prompt: list[int]
+    ) -> None:
         self.decode, self.stops, self.ends = decode, stops, ends
         self.made: list[int] = []
-        self.unread: list[int] = []  # since the last whole character
-        self.held = ""  # not given out yet: it may become a stop text
+        self.ids, self.begin, self.read = [*prompt], 0, len(prompt)  # read: those with a known text
+        self.held, self.text = "", ""  # not given out, since it may become a stop text; given out
         self.ended = False
 
     def push(self, token_id: int | None) -> str:
         """The row's next id, or None after its last; returns what can be shown now."""
-        self.ended |= token_id is None
+        self.made += [] if self.ended or token_id is None else [token_id]
+        self.ended = self.ended or token_id is None or token_id in self.ends
         if self.ended:
             return ""
-        self.made.append(token_id)
-        if token_id in self.ends:
-            self.ended = True
+        self.ids.append(token_id)
+        text = self.unread()
+        if not text or text.endswith("\ufffd"):  # a character whose other bytes may still come
             return ""
-        self.unread.append(token_id)
-        text = self.decode(self.unread)
-        if text.endswith("\ufffd"):  # a character whose other bytes may still come
-            return ""
-        self.unread, self.held = [], self.held + text
+        self.begin, self.read, self.held = self.read, len(self.ids), self.held + text
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
-            text, self.held, self.ended = self.held[: min(found)], "", True
-            return text
+            self.held, self.ended = self.held[: min(found)], True
+            return self.give(0)
         starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
-        kept = max((len(start) for start in starts if self.held.endswith(start)), default=0)
-        whole = len(self.held) - kept
-        text, self.held = self.held[:whole], self.held[whole:]
+        return self.give(max((len(x) for x in starts if self.held.endswith(x)), default=0))
+
+    def unread(self) -> str:
+        """The text of the last ids, beside what was read before them: it can depend on that."""
+        before = self.decode(self.ids[self.begin : self.read])
+        return self.decode(self.ids[self.begin :])[len(before) :]
+
+    def give(self, keep: int) -> str:
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        self.text += text
         return text
 
     def finish(self) -> str:
         """What was held back, now that nothing more comes."""
-        text, self.held, self.unread = self.held + self.decode(self.unread), "", []
-        return text
+        self.held, self.read = self.held + self.unread(), len(self.ids)
+        return self.give(0)
 
 
 def stream(
     model: GraniteMoeForCausalLM, prompts: list[list[int]], heads: list[str],
     decode: Decode, args: argparse.Namespace, cache: KVCache | None = None,
-) -> list[list[int]]:  # fmt: skip
+) -> list[TextStream]:  # fmt: skip
     """Generate and print, after heads: the first row as it is made, the others in turn."""
-    eos = model.config.eos_token_id
-    eos = eos if isinstance(eos, list) else [eos]
-    rows = [TextStream(decode, args.stop, eos) for _ in prompts]
+    eos = ids if isinstance(ids := model.config.eos_token_id, list) else [ids]
+    rows = [TextStream(decode, args.stop, eos, ids) for ids in prompts]
     texts, first, times = list(heads), 0, [time.perf_counter()]  # texts: not shown yet
     how = {**asdict(args.sampling), "eos_token_ids": eos, "cache": cache, "compiled": args.compile}
     for ids in generate(model, prompts, **how):
@@ -363,32 +366,30 @@ def stream(
             break
     rest = zip(texts[first:], rows[first:], strict=True)
     terminal.write("\n\n".join(text + row.finish() for text, row in rest) + "\n")
-    terminal.report(model, prompts, made := [row.made for row in rows], times)
-    return made
+    terminal.report(model, prompts, [row.made for row in rows], times)
+    return rows
 
 
 # --------------------------------------------------------------------------------- a conversation
 def converse(
-    model: GraniteMoeForCausalLM, tokenizer: "Tokenizer", decode: Decode, args: argparse.Namespace
-) -> None:
-    """One message a line from standard input; the cache is kept from turn to turn."""
+    model: GraniteMoeForCausalLM, chat: Callable, messages: list[tuple[str, str]], decode: Decode,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """One message a line from standard input; what the cache holds of the messages is kept."""
     weight, room = model.model.norm.weight, min(model.config.max_position_embeddings, CHAT_TOKENS)
     cache = KVCache(model.config, 1, room, device=weight.device, dtype=weight.dtype)
-    messages = [("system", args.system)] if args.system else []
-    unread: list[int] = []  # the end of the last reply, which the cache has not seen
-    end_id = tokenizer.token_to_id(END)
-    newline = tokenizer.encode("\n", add_special_tokens=False).ids
     while line := terminal.read_line():
         try:
-            text = terminal.decode_prompt(line.rstrip(b"\r\n"))
+            messages.append(("user", terminal.decode_prompt(line.rstrip(b"\r\n"))))
         except ValueError as error:
             terminal.note(f"[{error}]")
             continue
-        ids = unread + chat_ids(tokenizer, [*messages, ("user", text)])
-        if len(ids) >= room - cache.length:
+        if len(ids := chat(messages)) >= room:
             return terminal.note(f"[the conversation's {room} tokens are full: start a new one]")
-        (made,) = stream(model, [ids], [""], decode, args, cache)
-        messages, unread = [], made[-1:] + ([] if made[-1:] == [end_id] else [end_id]) + newline
+        held = cache.ids[0, : cache.length].tolist()
+        cache.length = len(os.path.commonprefix([held, ids[:-1]]))  # a template may rewrite turns
+        (reply,) = stream(model, [ids[cache.length :]], [""], decode, args, cache)
+        messages.append(("assistant", reply.text))
         if (seed := args.sampling.seed) is not None:  # or each turn would draw the same numbers
             args.sampling = replace(args.sampling, seed=(seed + 1) % 2**63)
 
@@ -398,12 +399,11 @@ PROMPT = "class Stack:"
 DEMO = f'"{PROMPT}" --temperature 0.8 --top-p 0.9 --seed 8 --dtype float32'  # without arguments
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(given: list[str]) -> argparse.Namespace:
     """The command's arguments, all of them checked; `sampling`: those that generate takes."""
     parser = terminal.Parser(description="Continue text with a GraniteMoe model.")
     add_options(parser)
-    args = parser.parse_args(sys.argv[1:] or shlex.split(DEMO))
-    args.shows = "" if sys.argv[1:] else f"python generate.py {DEMO}"
+    args = parser.parse_args(given)
     try:
         names = [each.name for each in fields(Sampling)]
         args.sampling = Sampling(**{name: getattr(args, name) for name in names})
@@ -421,7 +421,10 @@ def parse_args() -> argparse.Namespace:
         ):  # fmt: skip
             if bad:
                 raise ValueError(message)
-        args.prompts = [terminal.read_prompt(prompt) for prompt in args.prompts]
+        args.prompts = terminal.read_prompts(args.prompts, piped=not args.chat)
+        if not args.prompts and not given:
+            terminal.note(f"[python generate.py {DEMO}]")
+            return parse_args(shlex.split(DEMO))
         if args.raw_ids:
             args.ids = [terminal.parse_ids(prompt) for prompt in args.prompts or ["0"]]
     except ValueError as error:
@@ -449,11 +452,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="compile first, then decode faster")
 
 
-def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokenizer | None"]:
+def open_model(args: argparse.Namespace, folder: Path) -> GraniteMoeForCausalLM:
     """Load what the command asks for, and say what it is and how it runs."""
     began = time.perf_counter()
-    folder = checkpoint.find_folder(args.model)
-    tokenizer = None if args.raw_ids else load_tokenizer(folder)
     how = {"attention_backend": args.attention, "experts_backend": args.experts}
     how |= {"device": args.device, "dtype": args.dtype, "progress": terminal.progress()}
     model = load_model(folder, **how)
@@ -470,30 +471,29 @@ def open_model(args: argparse.Namespace) -> tuple[GraniteMoeForCausalLM, "Tokeni
         names += f", compiled steps: {engine.step_form(model, max(1, len(args.prompts)))}"
     size = f"{total:.1f} M parameters, {active:.1f} M active"
     terminal.note(f"[{size}; {args.device}, {dtype}, {names}; loaded in {loaded:.2f} s]")
-    if args.shows:
-        terminal.note(f"[{args.shows}]")
-    return model, tokenizer
+    return model
 
 
 def run(args: argparse.Namespace) -> None:
-    model, tokenizer = open_model(args)
-    decode = decoder(tokenizer)
+    folder = checkpoint.find_folder(args.model)
+    tokenizer = None if args.raw_ids else load_tokenizer(folder)
+    decode, chat = decoder(tokenizer), args.chat and load_chat_template(folder, tokenizer)
+    messages = [("system", args.system)] if args.system else []
+    model = open_model(args, folder)
     if args.raw_ids:
         stream(model, args.ids, [" ".join(map(str, ids)) for ids in args.ids], decode, args)
     elif not args.chat:
-        texts = args.prompts or [PROMPT]
-        stream(model, [encode(tokenizer, text) for text in texts], texts, decode, args)
+        texts, size = args.prompts or [PROMPT], model.config.vocab_size
+        stream(model, [encode(tokenizer, text, size) for text in texts], texts, decode, args)
     elif args.prompts:
-        messages = [("system", args.system)] if args.system else []
-        ids = chat_ids(tokenizer, [*messages, ("user", args.prompts[0])])
-        stream(model, [ids], [""], decode, args)
+        stream(model, [chat([*messages, ("user", args.prompts[0])])], [""], decode, args)
     else:
-        converse(model, tokenizer, decode, args)
+        converse(model, chat, messages, decode, args)
 
 
 def main() -> int:
     """Run the command; returns its exit status, after at most one line of error."""
-    return terminal.run(lambda: run(parse_args()))
+    return terminal.run(lambda: run(parse_args(sys.argv[1:])))
 
 
 if __name__ == "__main__":

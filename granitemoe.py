@@ -131,12 +131,10 @@ class GraniteMoeConfig:
             data["rope_theta"] = rope.get("rope_theta", data.get("rope_theta"))
         for old, new in (("activation_function", "hidden_act"), ("torch_dtype", "dtype")):
             data.setdefault(new, data.get(old, getattr(cls, new)))
-        if data["dtype"] is not None:
-            data["dtype"] = str(data["dtype"]).removeprefix("torch.")
+        data["dtype"] = data["dtype"] and str(data["dtype"]).removeprefix("torch.")
         for name, only in {
-            "model_type": ["granitemoe"], "quantization_config": [None],
-            "rope_scaling": ["default"], "rope_parameters": ["default"],
-            "attention_bias": [None, False],
+            "attention_bias": [None, False], "rope_parameters": ["default"],
+            "model_type": ["granitemoe"], "quantization_config": [None], "rope_scaling": ["default"]
         }.items():  # fmt: skip
             if (got := data.get(name)) not in only:
                 raise ValueError(f"{name}: only {only[-1]!r} is supported, got {got!a:.60}")
@@ -203,16 +201,15 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop:
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
     """scaled_dot_product_attention by its flash kernel alone, or else it raises ValueError."""
-    if mask is not None:
-        raise ValueError("attention_backend: 'flash' takes no padding mask; use 'sdpa' or 'eager'")
-    T, S, options = q.shape[2], k.shape[2], {"scale": scale, "enable_gqa": True}
-    if 1 < T < S:  # for the same reason, queries are added in front until there are S
+    T, S, causal = q.shape[2], k.shape[2], mask is None and q.shape[2] > 1
+    if causal and T < S:  # for the same reason, queries are added in front until there are S
         q = F.pad(q, (0, 0, S - T, 0))
+    options = {"is_causal": causal, "scale": scale, "enable_gqa": True}
     try:
         if q.device.type not in ("cpu", "cuda"):  # elsewhere the choice of a kernel is ignored
             raise RuntimeError("No available kernel")
         with SWITCHES, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, None, drop, T > 1, **options)[:, :, -T:]
+            return F.scaled_dot_product_attention(q, k, v, mask, drop, **options)[:, :, -T:]
     except RuntimeError as error:
         if "No available kernel" not in str(error):
             raise
@@ -363,9 +360,8 @@ EXPERTS = {"loop": experts_loop, "grouped": experts_grouped, "gathered": experts
 
 
 def choose_experts(backend: str, device: torch.device, assignments: int, E: int) -> str:
-    """The name in EXPERTS of what runs, decided here alone where a config leaves it open: "auto" is
-    "batched" on CUDA, where synchronising with the host costs most, and "loop" elsewhere; "batched"
-    is "gathered" while assignments are no more than experts, and "grouped" beyond."""
+    """The name in EXPERTS of what runs. "auto" is "batched" on CUDA, where the loop's synchronising
+    costs most, else "loop"; "batched" is "gathered" for up to E assignments, "grouped" beyond."""
     if backend == "auto":
         backend = "batched" if device.type == "cuda" else "loop"
     if backend == "batched":
@@ -420,9 +416,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.block_sparse_moe = MoE(config)
 
-    def forward(
-        self, x: Tensor, rope: list[Tensor], mask: Mask, past: Past | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rope: list, mask: Mask, past: Past | None) -> tuple[Tensor, ...]:
         """x (B, T, D) to x and the router's logits (N, E)."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, past) * self.residual_multiplier
         y, router_logits = self.block_sparse_moe(self.post_attention_layernorm(x))
@@ -430,8 +424,8 @@ class DecoderLayer(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen, (layers, B, G, max_length, C) each, allocated once.
-    Slots from `length` on are not initialised."""
+    """Keys and values of the tokens seen, (layers, B, G, max_length, C) each, and the tokens' ids,
+    (B, max_length), allocated once. Slots from `length` on are not initialised."""
 
     def __init__(
         self, config: GraniteMoeConfig, batch_size: int, max_length: int,
@@ -443,14 +437,11 @@ class KVCache:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length)
         self.keys = torch.empty(*shape, config.head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
+        self.ids = torch.empty(batch_size, max_length, device=device, dtype=torch.long)
         self.length, self.max_length = 0, max_length
 
-    def slots(self, T: int) -> Tensor:
-        """(T,): where the next T tokens go."""
+    def slots(self, T: int) -> Tensor:  # (T,): where the next T tokens go
         return torch.arange(self.length, self.length + T, device=self.keys.device)
-
-    def span(self, T: int) -> int:  # S: how many slots the next T tokens may attend to
-        return self.length + T
 
     def layer(self, i: int) -> Past:
         return Past(self.keys[i], self.values[i], self.length)
@@ -464,13 +455,10 @@ def visible(slots: Tensor, attention_mask: Tensor) -> Tensor:
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
-def check_inputs(
-    model: "GraniteMoeModel", input_ids: Tensor, attention_mask: Tensor | None,
-    position_ids: Tensor | None, cache: KVCache | None,
-) -> None:  # fmt: skip
-    """Raises ValueError for shapes and dtypes that do not fit; values are not waited for."""
+def check_inputs(model: nn.Module, input_ids, attention_mask, position_ids, cache) -> None:
+    """Raises ValueError for what GraniteMoeModel.forward cannot take, or only ambiguously."""
     B, T = input_ids.shape if isinstance(input_ids, Tensor) and input_ids.dim() == 2 else (0, 0)
-    S = T if cache is None else cache.span(T)
+    S = T if cache is None else cache.length + T
     for name, x, shapes, extra in (
         ("input_ids", input_ids, [(B, T)] * (B * T > 0), []),
         ("position_ids", position_ids, [(B, T), (1, T)], []),
@@ -488,6 +476,13 @@ def check_inputs(
             raise ValueError(f"cache: (layers, B, G, C, dtype) must be {expected}, is {got}")
         if cache.max_length < S:
             raise ValueError(f"cache: {S} tokens do not fit in {cache.max_length}")
+    if attention_mask is not None and model.config.attention_backend == "flash":
+        raise ValueError("attention_backend: 'flash' takes no padding mask; use 'sdpa' or 'eager'")
+    if position_ids is not None and T > 1 and (cache is not None or attention_mask is not None):
+        real = (torch.ones_like(input_ids) if attention_mask is None else attention_mask)[:, -T:]
+        so_far = position_ids.where(real.bool(), -1).cummax(dim=1).values
+        if (real[:, 1:].bool() & (position_ids[:, 1:] <= so_far[:, :-1])).any():
+            raise ValueError("position_ids: start anew in a row with an attention_mask or a cache")
 
 
 class GraniteMoeModel(nn.Module):
@@ -514,12 +509,17 @@ class GraniteMoeModel(nn.Module):
         positions = slots[None] if position_ids is None else position_ids
         rope = rope_tables(positions, self.config, x.dtype)
         mask = None if attention_mask is None else visible(slots, attention_mask)
+        if position_ids is not None and attention_mask is None and cache is None:
+            # packed: a document begins where positions do not go on by one, as in transformers
+            begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
+            number = begins.cumsum(dim=1)  # of the document, (B or 1, T)
+            mask = (number[:, :, None] == number[:, None]).tril()[:, None]
         router_logits = []
         for i, layer in enumerate(self.layers):
-            past = None if cache is None else cache.layer(i)
-            x, logits = layer(x, rope, mask, past)
+            x, logits = layer(x, rope, mask, None if cache is None else cache.layer(i))
             router_logits.append(logits)
         if cache is not None:
+            cache.ids[:, slots] = input_ids.long()
             cache.length += T
         return self.norm(x), tuple(router_logits)
 
@@ -570,10 +570,10 @@ class GraniteMoeForCausalLM(nn.Module):
         """Predict the token after each of input_ids (B, T).
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; S counts cached tokens.
         position_ids (B, T): 0, 1, ... after the cached tokens if None; left padding needs them.
+        Where they start anew in a row without mask and cache, another document begins.
         labels (B, T): shifted inside, -100 is ignored; the loss is the mean in nats, plus the
         auxiliary loss times its coefficient where router logits are asked for.
-        logits_to_keep: compute only this many last positions; 0 computes all.
-        Raises ValueError for inputs that do not fit each other, the model or the cache."""
+        logits_to_keep: compute only this many last positions; 0 computes all. Raises ValueError."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep: must be >= 0, got {logits_to_keep}")
         c, asked = self.config, output_router_logits

@@ -5,8 +5,9 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,15 @@ SPELLINGS = {  # transformers' names in memory, which it can also write: those o
     "experts.down_proj": "output_linear.weight",
     "router.weight": "router.layer.weight",
 }
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+WRAPPERS = {  # what prefixes names, and what saves the model without it
+    "_orig_mod.": "model._orig_mod.save_pretrained(FOLDER)",
+    "module.": "model.module.save_pretrained(FOLDER)",
+    "base_model.model.": "model.merge_and_unload().save_pretrained(FOLDER)",
+}
+WRAPPED = re.compile(rf"(^|\.)({'|'.join(map(re.escape, WRAPPERS))})")
+ROTARY = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a table that
+# older versions saved, and every model computes
 MAX_JSON = 10 * 2**20
 
 
@@ -87,8 +97,18 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> GraniteMoeConfig:
-    with naming(folder / "config.json"):
-        return GraniteMoeConfig.from_dict(read_json(folder / "config.json"))
+    """config.json, with the end tokens of generation_config.json where that names some."""
+    file, sampling = folder / "config.json", folder / "generation_config.json"
+    with naming(adapter := folder / "adapter_config.json"):
+        advice = "merge it into its base model: model.merge_and_unload().save_pretrained(FOLDER)"
+        require(not adapter.exists(), f"this is an adapter, not a model; {advice}")
+    with naming(file):
+        config = GraniteMoeConfig.from_dict(read_json(file))
+    if sampling.exists():
+        with naming(sampling):
+            ends = read_json(sampling).get("eos_token_id")
+            config = config if ends in (None, []) else replace(config, eos_token_id=ends)
+    return config
 
 
 def find_folder(path: str | Path) -> Path:
@@ -109,8 +129,17 @@ def find_folder(path: str | Path) -> Path:
         raise CheckpointError(f"{shown(name)}: cannot be downloaded: {reason!a:.100}") from None
 
 
-def read_header(path: Path) -> dict[str, tuple[Path, str, tuple]]:
-    """Each tensor of a safetensors file, with the file, its dtype and shape; reads no tensor."""
+class Stored(NamedTuple):
+    """A tensor as a safetensors file's header tells of it."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Each tensor of a safetensors file; reads none of them."""
     with naming(path), open_file(path) as file:
         start, rest = file.read(8), path.stat().st_size - 8
         require(start != b"version ", "a Git LFS pointer, not the weights; run: git lfs pull")
@@ -121,11 +150,13 @@ def read_header(path: Path) -> dict[str, tuple[Path, str, tuple]]:
         for name, entry in header.items():
             good = isinstance(entry, dict) and isinstance(entry.get("shape"), list)
             require(good, f"{name!a:.80}: not a tensor's entry")
-        return {n: (path, str(e.get("dtype")), tuple(e["shape"])) for n, e in header.items()}
+        entries = header.items()
+        return {n: Stored(path, n, str(e.get("dtype")), tuple(e["shape"])) for n, e in entries}
 
 
-def find_tensors(folder: Path) -> dict[str, tuple[Path, str, tuple]]:
-    """Where each stored tensor is: in model.safetensors or, without it, in a shard of the index."""
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """Each stored tensor by its name in the released files: of model.safetensors or, without it, of
+    the shard that the index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     with naming(folder):
         if single.exists() or not index.exists():
@@ -133,7 +164,7 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, str, tuple]]:
             advice = "pickle is not supported, since it can run code; convert to safetensors"
             require(single.exists() or not pickles, advice)
             require(single.exists(), f"neither {single.name} nor {index.name} is there")
-            return read_header(single)
+            return by_released_name(read_header(single))
     weight_map = read_json(index).get("weight_map")
     with naming(index):
         good = isinstance(weight_map, dict) and weight_map
@@ -141,19 +172,47 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, str, tuple]]:
         for name, shard in weight_map.items():
             good = isinstance(shard, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard)
             require(good, f"{name!a:.60}: must be a plain *.safetensors name, got {shard!a:.60}")
-        headers = {shard: read_header(folder / shard) for shard in sorted({*weight_map.values()})}
-        for name, shard in weight_map.items():
-            require(name in headers[shard], f"{name!a:.60}: is not in {shard!a:.60}")
-    return {name: headers[shard][name] for name, shard in weight_map.items()}
+        needed = {s for n, s in weight_map.items() if n != HEAD or (folder / s).exists()}
+        headers = {shard: read_header(folder / shard) for shard in sorted(needed)}
+        found = {name: headers.get(shard, {}).get(name) for name, shard in weight_map.items()}
+        if found.get(HEAD, "") is None:  # of a tied pair only the embedding was saved
+            del found[HEAD]
+        for name in found:
+            require(found[name], f"{name!a:.60}: is not in {weight_map[name]!a:.60}")
+    return by_released_name(found)
 
 
-def own_dtype(config: GraniteMoeConfig, stored: dict) -> str | torch.dtype:
+def by_released_name(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """The same tensors under the names of the released files, without what no model reads."""
+    wrapped = [(found[2], t) for n, t in stored.items() if (found := WRAPPED.search(n))]
+    if len(wrapped) > len(stored) / 2:
+        wrapper, tensor = wrapped[0]
+        with naming(tensor.path):
+            raise ValueError(f"names begin with {wrapper!r}; save without: {WRAPPERS[wrapper]}")
+    tensors: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        if name.endswith("rotary_emb.inv_freq") and ROTARY.fullmatch(name):
+            continue
+        prefix, marker, tail = name.partition(".block_sparse_moe.")
+        released = prefix + marker + SPELLINGS[tail] if tail in SPELLINGS else name
+        if released.startswith(("embed_tokens.", "layers.", "norm.")):  # saved through AutoModel
+            released = "model." + released
+        if released in tensors:
+            with naming(tensor.path):
+                raise ValueError(f"{released!a:.80}: stored under two names")
+        tensors[released] = tensor
+    return tensors
+
+
+def own_dtype(config: GraniteMoeConfig, stored: dict[str, Stored]) -> str | torch.dtype:
     """What config.json names or, where it names none, what the embedding is stored in."""
-    _, on_disk, _ = stored.get("model.embed_tokens.weight", (None, "F32", None))
-    return config.dtype or ON_DISK.get(on_disk, torch.float32)
+    embedding = stored.get(EMBEDDING, stored.get(HEAD))
+    return config.dtype or ON_DISK.get(embedding and embedding.dtype, torch.float32)
 
 
-def empty_model(folder: Path, config: GraniteMoeConfig, stored: dict) -> GraniteMoeForCausalLM:
+def empty_model(
+    folder: Path, config: GraniteMoeConfig, stored: dict[str, Stored]
+) -> GraniteMoeForCausalLM:
     """The model on the meta device, where tensors have shapes and no memory."""
     layers = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
     with naming(folder / "config.json"):  # before anything is built by that number
@@ -166,51 +225,42 @@ def empty_model(folder: Path, config: GraniteMoeConfig, stored: dict) -> Granite
             raise ValueError("sizes: too large for any tensor") from None
 
 
-def canonical(name: str) -> str:
-    """A stored tensor's name in the spelling of the released files."""
-    prefix, marker, tail = name.partition(".block_sparse_moe.")
-    return prefix + marker + SPELLINGS.get(tail, tail)
-
-
-def match_tensors(folder: Path, stored: dict, model: GraniteMoeForCausalLM) -> dict[str, str]:
+def match_tensors(folder: Path, stored: dict[str, Stored], model: GraniteMoeForCausalLM) -> None:
     """Compare what is stored with what the model needs, before anything is allocated.
 
-    Returns the stored name of each of the model's tensors, and of a tied head's copy if there.
+    A tied head may be stored beside the embedding, or instead of it: then it takes its name.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     allowed = dict(expected)
     if model.config.tie_word_embeddings:
-        allowed["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    names: dict[str, str] = {}
+        allowed[HEAD] = expected[EMBEDDING]
+        if HEAD in stored and EMBEDDING not in stored:
+            stored[EMBEDDING] = stored.pop(HEAD)
     with naming(folder):
-        for name in stored:
-            twice = names.setdefault(canonical(name), name) != name
-            require(not twice, f"{canonical(name)!a:.80}: stored under two names")
         for problem, wrong in (
-            ("missing", [n for n in expected if n not in names]),
-            ("unexpected", [names[n] for n in names if n not in allowed]),
+            ("missing", [name for name in expected if name not in stored]),
+            ("unexpected", [t.name for name, t in stored.items() if name not in allowed]),
         ):
             some = ", ".join(f"{n!a:.45}" for n in wrong[:2])
             require(not wrong, f"{len(wrong)} {problem} tensors: {some}")
-    for name in names:
-        path, dtype, shape = stored[names[name]]
-        with naming(path):
-            good = shape == allowed[name] and all(type(size) is int for size in shape)
-            require(good, f"{name}: shape must be {allowed[name]}, is {shape!a:.40}")
-            require(dtype in ON_DISK, f"{name}: dtype must be F32, F16 or BF16, is {dtype!a:.20}")
-    return names
+    for name, tensor in stored.items():
+        with naming(tensor.path):
+            good = tensor.shape == allowed[name] and all(type(n) is int for n in tensor.shape)
+            require(good, f"{name}: shape must be {allowed[name]}, is {tensor.shape!a:.40}")
+            good = tensor.dtype in ON_DISK
+            require(good, f"{name}: dtype must be F32, F16 or BF16, is {tensor.dtype!a:.20}")
 
 
 def read_tensors(
-    stored: dict, names: dict[str, str], dtype: torch.dtype, device: str | torch.device
+    stored: dict[str, Stored], dtype: torch.dtype, device: str | torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Each tensor by itself, in memory of its own, finite and cast."""
-    by_file = sorted(names, key=lambda name: stored[names[name]][0])
-    for file, group in itertools.groupby(by_file, key=lambda name: stored[names[name]][0]):
+    by_file = sorted(stored, key=lambda name: stored[name].path)
+    for file, group in itertools.groupby(by_file, key=lambda name: stored[name].path):
         with naming(file), safe_open(file, "pt", backend="pread") as tensors:
             for name in group:
-                tensor = tensors.get_tensor(names[name])
-                require(tensor.shape == stored[names[name]][2], f"{name}: changed while loading")
+                tensor = tensors.get_tensor(stored[name].name)
+                require(tensor.shape == stored[name].shape, f"{name}: changed while loading")
                 for target in dict.fromkeys((tensor.dtype, dtype)):  # a cast can overflow too
                     tensor = tensor.to(target)
                     low, high = torch.aminmax(tensor)  # one pass; NaN shows in both
@@ -221,7 +271,7 @@ def read_tensors(
 
 def drop_tied_head(folder: Path, weights: dict[str, Tensor]) -> None:
     """Take out a stored copy of the embedding that is to be the head, if it is one."""
-    if "lm_head.weight" in weights:
+    if HEAD in weights:
         with naming(folder):
-            same = torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"])
-            require(same, "lm_head.weight: differs from the embedding that it is tied to")
+            same = torch.equal(weights.pop(HEAD), weights[EMBEDDING])
+            require(same, f"{HEAD}: differs from the embedding that it is tied to")

@@ -34,20 +34,19 @@ class FixedCache(KVCache):
     """A view of another cache for steps whose shapes never change: they write the slots (T,) that a
     tensor names and look at the whole capacity, so that one can be captured and replayed.
 
-    Such a step needs an attention_mask over the capacity. It changes no `length` but its own.
+    Such a step is of one token a row, and needs an attention_mask over the capacity.
     """
 
+    length = property(lambda self: self.max_length - 1, lambda self, length: None)  # before a step
+
     def __init__(self, cache: KVCache, at: Tensor) -> None:
-        self.keys, self.values, self.at = cache.keys, cache.values, at
-        self.length, self.max_length = 0, cache.max_length
+        self.keys, self.values, self.ids, self.at = cache.keys, cache.values, cache.ids, at
+        self.max_length = cache.max_length
         for filled in (self.keys, self.values):
             filled[:, :, :, cache.length :] = 0.0  # a mask hides numbers, but not NaN
 
     def slots(self, T: int) -> Tensor:
         return self.at
-
-    def span(self, T: int) -> int:
-        return self.max_length
 
     def layer(self, i: int) -> FixedPast:
         return FixedPast(self.keys[i], self.values[i], self.at)

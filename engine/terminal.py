@@ -4,13 +4,15 @@ Imports the standard library alone, so that it is there before torch.
 """
 
 import argparse
+import codecs
 import os
 import re
+import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -66,9 +68,9 @@ def write(text: str) -> None:
 
 
 def decode_prompt(raw: bytes) -> str:
-    """Raises ValueError if it is empty or not UTF-8."""
+    """Raises ValueError if it is empty or not UTF-8. A byte order mark in front is no text."""
     try:
-        prompt = raw.decode()
+        prompt = raw.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError:
         raise ValueError("PROMPT: is not valid UTF-8") from None
     if not prompt.strip():
@@ -76,13 +78,23 @@ def decode_prompt(raw: bytes) -> str:
     return prompt
 
 
-def read_prompt(prompt: str) -> str:
-    """A prompt as typed, or standard input for -."""
-    if prompt != "-":
-        return decode_prompt(prompt.encode(errors="surrogateescape"))
-    if sys.stdin is None:
+def read_prompts(prompts: list[str], piped: bool) -> list[str]:
+    """Prompts as typed, or standard input for -; without any, what is piped in, if it is wanted."""
+    if sys.stdin is None and "-" in prompts:
         raise ValueError("PROMPT: standard input is closed")
-    return decode_prompt(sys.stdin.buffer.read())
+    texts = [
+        decode_prompt(p.encode(errors="surrogateescape") if p != "-" else sys.stdin.buffer.read())
+        for p in prompts
+    ]
+    if texts or not piped or sys.stdin is None or sys.stdin.isatty():
+        return texts
+    raw = b""
+    with suppress(OSError, ValueError):  # Windows cannot ask a pipe
+        if not select.select([sys.stdin], [], [], 1)[0]:
+            note("[waiting for a prompt from standard input]")
+    with suppress(OSError):  # what cannot be read, a folder say, is no prompt
+        raw = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
+    return [decode_prompt(raw)] if raw.strip() else []
 
 
 def read_line() -> bytes:
@@ -130,7 +142,7 @@ def run(command: Callable[[], None]) -> int:
     status, message = 0, ""
     try:
         if sys.stdout is not None:
-            sys.stdout.reconfigure(errors="replace")
+            sys.stdout.reconfigure(errors="backslashreplace")
         command()
     except KeyboardInterrupt:
         status = 130

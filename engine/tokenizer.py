@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, and Granite's chat format."""
+"""A checkpoint's tokenizer."""
 
 import itertools
 import os
@@ -25,7 +25,8 @@ def panics_caught() -> Iterator[None]:
     hide = sys.stderr is not None
     if hide:
         kept, (unread, nowhere) = os.dup(2), os.pipe()
-        os.set_blocking(nowhere, False)
+        if hasattr(os, "set_blocking"):  # not in Python 3.11 on Windows; a page fits in a pipe
+            os.set_blocking(nowhere, False)
         os.dup2(nowhere, 2)
     try:
         yield
@@ -41,16 +42,29 @@ def panics_caught() -> Iterator[None]:
                 os.close(descriptor)
 
 
-def encode(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """A text's ids; special tokens that are spelled out in it count as such."""
+def encode(tokenizer: "Tokenizer", text: str, vocab_size: int) -> list[int]:
+    """A text's ids; special tokens that are spelled out in it count as such.
+
+    Raises ValueError for a token that the model has no embedding for.
+    """
     with panics_caught():
-        return tokenizer.encode(text).ids
+        return known(tokenizer, tokenizer.encode(text).ids, vocab_size)
+
+
+def known(tokenizer: "Tokenizer", ids: list[int], vocab_size: int) -> list[int]:
+    """The ids. Raises ValueError if one is beyond the model: of a token that was added later."""
+    for i in ids:
+        token = f"the token {tokenizer.id_to_token(i)!a:.60}"
+        require(i < vocab_size, f"{token} has id {i}, but the model's vocab_size is {vocab_size}")
+    return ids
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
     """The checkpoint's tokenizer: tokenizer.json, or vocab.json, merges.txt and added_tokens.json.
 
-    Raises CheckpointError, also where it has ids that the model of the folder's config.json lacks.
+    Truncation and padding are off: tokenizer.json keeps those of its last call in training.
+    Raises CheckpointError, also where it has ids that the model of the folder's config.json lacks,
+    other than of added tokens, which are refused when they are used.
     """
     from tokenizers import Tokenizer
 
@@ -62,8 +76,10 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             tokenizer = Tokenizer.from_file(str(whole))
         else:
             tokenizer = tokenizer_from_parts(folder)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         tokenizer.encode("a 1")  # some damage shows only in use
-        last = max(tokenizer.get_vocab().values(), default=0)
+        last = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
         require(last < size, f"has id {last}, but vocab_size is {size} in config.json")
     return tokenizer
 
@@ -89,31 +105,6 @@ def tokenizer_from_parts(folder: Path) -> "Tokenizer":
             got = tokenizer.token_to_id(token)
             require(got == token_id, f"{token!a:.60}: id {token_id!a:.20} should be {got}")
     return tokenizer
-
-
-def chat_ids(tokenizer: "Tokenizer", messages: list[tuple[str, str]]) -> list[int]:
-    """Granite's chat format for (role, content) messages, ending where the assistant speaks.
-
-    Contents are text: a control token that somebody types is encoded as its characters.
-    """
-    start, role_end, end = (tokenizer.token_to_id(name) for name in (START, ROLE_END, END))
-    known = None not in (start, role_end, end)
-    require(known, f"--chat: the tokenizer has no {START}, so this is no instruct model")
-
-    def plain(text: str) -> list[int]:
-        tokenizer.encode_special_tokens = True  # that is: as ordinary text
-        try:
-            with panics_caught():
-                ids = tokenizer.encode(text, add_special_tokens=False).ids
-        finally:
-            tokenizer.encode_special_tokens = False
-        require(not {start, role_end, end} & {*ids}, "--chat: control tokens in the message")
-        return ids
-
-    ids = []
-    for role, content in messages:
-        ids += [start, *plain(role), role_end, *plain(content), end, *plain("\n")]
-    return [*ids, start, *plain("assistant"), role_end]
 
 
 def decoder(tokenizer: "Tokenizer | None") -> Callable[[list[int]], str]:

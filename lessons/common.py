@@ -45,7 +45,7 @@ def watch(modules: Iterable[nn.Module]) -> Iterator[list[tuple]]:
 
 def command(main: Callable[[], None]) -> None:
     """Run a lesson's main; what the user can put right ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
