@@ -176,7 +176,7 @@ def padding(side: str | None) -> dict[str, Tensor]:
 
 def real(inputs: dict[str, Tensor]) -> Tensor | slice:
     """Which of the flattened positions are tokens: what padding predicts is undefined."""
-    return inputs["attention_mask"].flatten().bool() if inputs else slice(None)
+    return inputs["attention_mask"].flatten().bool() if "attention_mask" in inputs else slice(None)
 
 
 def labels_of(ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -318,6 +318,54 @@ def test_position_ids(one):
     steps = torch.randint(1, 5, (B, T), generator=torch.Generator().manual_seed(1))
     inputs = {"position_ids": steps.cumsum(1), "attention_mask": torch.ones_like(steps)}
     assert_parity(one.ours, one.theirs, random_ids(one.ours.config), **inputs)
+
+
+PACKED = [
+    (3, T - 3),
+    (1, 4, T - 5),
+    (T,),
+    (T - 1, 1),
+    (2,) * 4 + (T - 8,),
+]  # the lengths of the documents in each row
+
+
+def packed(rows: list[tuple[int, ...]]) -> Tensor:
+    """Positions that start anew with each document."""
+    return torch.tensor([[i for n in lengths for i in range(n)] for lengths in rows])
+
+
+WHERE = {  # documents begin
+    "at 0": packed(PACKED), "later": packed(PACKED) + 5, "in all rows alike": packed(PACKED[1:2]),
+    "where positions jump ahead": 3 * packed(PACKED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_packed_rows(pair, where, monkeypatch):
+    """Logits and gradients as in transformers, which separates documents where it has no cache."""
+    ids, inputs = random_ids(pair.ours.config), {"position_ids": WHERE[where]}
+    monkeypatch.setattr(pair.theirs.config, "use_cache", False)
+    assert_parity(pair.ours, pair.theirs, ids, **inputs)
+    a, b = (
+        torch.autograd.grad(m(ids, labels=ids, **inputs).loss, m.model.embed_tokens.weight)[0]
+        for m in (pair.ours, pair.theirs)
+    )
+    assert relative(a, b) <= GRADIENTS
+
+
+@pytest.mark.parametrize("attention", (*granitemoe.ATTENTION,))
+def test_each_document_is_as_if_alone(one, attention):
+    """In every form of the attention, and its gradients do not reach another document."""
+    model, ids = with_backends(one.ours, attention, "loop"), random_ids(one.ours.config)
+    logits = model(ids, position_ids=packed(PACKED)).logits
+    for row, lengths in enumerate(PACKED):
+        for end, n in zip(itertools.accumulate(lengths), lengths, strict=True):
+            alone = model(ids[row : row + 1, end - n : end]).logits[0]
+            assert relative(logits[row, end - n : end], alone) <= LOGITS
+    x = model.model.embed_tokens(ids).detach().requires_grad_()
+    model.model.embed_tokens.register_forward_hook(lambda *_: x)
+    model(ids, position_ids=packed(PACKED)).logits[0, 3:].sum().backward()
+    assert (x.grad[0, :3] == 0).all() and (x.grad[0, 3:] != 0).all()
 
 
 @pytest.mark.parametrize("keep", (0, 1, 4))

@@ -17,6 +17,7 @@ from engine.checkpoint import (
     read_config,
     read_json,
     require,
+    shown,
 )
 from engine.tokenizer import END, ROLE_END, START, known, panics_caught
 
@@ -60,7 +61,9 @@ def load_chat_template(
     def chat(messages: Messages) -> list[int]:
         require(messages, "messages: must be at least one")
         with panics_caught():
-            return known(tokenizer, encode_chat(tokenizer, control, render, messages), size)
+            ids = encode_chat(tokenizer, control, render, messages)
+        require(ids, f"{shown(file)}: chat template: writes nothing")
+        return known(tokenizer, ids, size)
 
     if template is not None:
         with naming(file):

@@ -118,6 +118,16 @@ def renamed(*names: str) -> Change:
     return header(lambda h: h.update({spell(name): h.pop(name) for name in [*h]}))
 
 
+def spelled(change: Callable[[str], str]) -> Change:
+    """Change the names of all tensors."""
+
+    def act(entries: dict) -> None:
+        for name in [n for n in entries if n != "__metadata__"]:
+            entries[change(name)] = entries.pop(name)
+
+    return header(act)
+
+
 def device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 

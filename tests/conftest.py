@@ -179,7 +179,12 @@ def _bad(event: str, args: tuple, folder: Path) -> bool:
         return False
     path, own = Path(os.fsdecode(path)), [Path(p) for p in {sys.prefix, sys.base_prefix, ROOT}]
     writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    inside = path.is_relative_to(folder) and path.suffix in (".json", ".txt", ".safetensors")
+    inside = path.is_relative_to(folder) and path.suffix in (
+        ".json",
+        ".txt",
+        ".jinja",
+        ".safetensors",
+    )
     code = path.suffix in (".py", ".pyc", ".so") and any(path.is_relative_to(p) for p in own)
     return bool(writes) or not (inside or code)
 

@@ -41,6 +41,7 @@ from changes import (
     renamed,
     shard_of,
     shards,
+    spelled,
     tensors,
     value,
 )  # fmt: skip
@@ -102,6 +103,9 @@ FOLDERS = [
       for kind, make in (("folder", Path.mkdir), ("FIFO", os.mkfifo), ("device", device))],
     *[(f"only {name}", both(remove(WEIGHTS), put(name, PICKLE)), "pickle convert safetensors")
       for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")],
+    ("an adapter", both(remove("config.json", WEIGHTS), put("adapter_config.json", b"{}")),
+     "adapter_config.json adapter merge"),
+    ("an adapter beside a model", put("adapter_config.json"), "adapter_config.json adapter merge"),
 ]  # fmt: skip
 CONFIGS = [
     *[(f"config: {name}", put("config.json", raw), f"config.json {why}") for name, raw, why in (
@@ -154,6 +158,16 @@ CONFIGS = [
         ("hidden_size", 2**27), ("intermediate_size", 2**30),
     )],
 ]  # fmt: skip
+ENDS = [
+    *[(f"generation: {name}", put("generation_config.json", raw), f"generation_config.json {words}")
+      for name, raw, words in (
+        ("not JSON", b"[", "JSON"), ("a list", b"[]", "object"), ("empty", b"", "JSON"),
+        *[(f"eos {bad}", json.dumps({"eos_token_id": bad}).encode(), "eos_token_id")
+          for bad in (300, -1, "x", True, [0, "x"], {}, 0.0)],
+    )],
+    ("generation: a folder", lambda f: (f / "generation_config.json").mkdir(),
+     "generation_config.json regular"),
+]  # fmt: skip
 FILES = [
     *[(f"weights: {name}", put(WEIGHTS, raw), f"{WEIGHTS} {words}") for name, raw, words in (
         ("empty", b"", "cut"), ("7 bytes", b"1234567", "cut"), ("pointer", POINTER, "LFS"),
@@ -200,10 +214,27 @@ FILES = [
     ("weights: renamed with a hole", both(renamed(LAYER), header(lambda h: h.pop(
         MOE + "router.weight"))), f"1 missing {MOE}router"[:40]),
     ("weights: another tied head", tensors(lambda t: t.update({HEAD: -t[EMBED]})), f"{HEAD} tied"),
+    *[(f"weights: saved within {kind}", spelled(lambda n, w=kind: w + n), f"{WEIGHTS} {words}")
+      for kind, words in (
+        ("_orig_mod.", "'_orig_mod.' model._orig_mod.save_pretrained"),
+        ("module.", "'module.' model.module.save_pretrained"),
+        ("module._orig_mod.", "'module.' save_pretrained"),
+        ("base_model.model.", "'base_model.model.' merge_and_unload().save_pretrained"))],
+    ("weights: compiled layers", spelled(lambda n: re.sub(r"(layers.\d.)", r"\1_orig_mod.", n)),
+     f"{WEIGHTS} '_orig_mod.'"),
+    ("weights: with and without model.", tensors(lambda t: t.update({NORM[6:]: t[NORM] + 1})),
+     f"{WEIGHTS} {NORM} two names"),
+    ("weights: another buffer", tensors(lambda t: t.update({LAYER + "mlp.rotary_emb.inv_freq": t[
+        NORM]})), "1 unexpected"),
+    ("weights: the head alone, untied", both(config(tie_word_embeddings=False), tensors(
+        lambda t: t.update({HEAD: t.pop(EMBED)}))), f"1 missing {EMBED}"),
     ("weights: a tied head of another shape", tensors(lambda t: t.update({HEAD: t[EMBED].T})),
      f"{HEAD} shape"),
 ]  # fmt: skip
 INDEXES = [
+    ("index: saved in a wrapper", both(spelled(lambda n: "module." + n), shards()), "'module.'"),
+    ("index: a head that is absent, untied", both(config(tie_word_embeddings=False), shard_of(
+        HEAD, SHARDS[0])), f"1 missing {HEAD}"),
     *[(f"index: {name}", both(shards(), put(INDEX, raw)), f"{INDEX} {words}") for name, raw, words
       in (("empty", b"", "JSON"), ("list", b"[]", "object"), ("null", b"null", "object"),
           ("11 MB", b"{" + b" " * 11 * 2**20, "larger"), ("no map", b"{}", "weight_map"),
@@ -225,7 +256,7 @@ INDEXES = [
 ]  # fmt: skip
 
 
-ROWS = FOLDERS + CONFIGS + FILES + INDEXES
+ROWS = FOLDERS + CONFIGS + ENDS + FILES + INDEXES
 
 
 @pytest.mark.parametrize("name, change, words", ROWS, ids=[row[0] for row in ROWS])
@@ -348,6 +379,12 @@ ACCEPTED = {
     "both spellings": renamed(LAYER),
     "names in another order": header(lambda h: h.update({n: h.pop(n) for n in sorted(h)[::-1]})),
     "spaces after the header": put(WEIGHTS, pack(SPACED, unpack(checkpoint()[WEIGHTS])[1])),
+    "names without model.": spelled(lambda name: name.removeprefix("model.")),
+    "buffers": tensors(lambda t: t.update({name + "rotary_emb.inv_freq": torch.ones(4) for name in (
+        "model.", "model.layers.0.self_attn.", "model.layers.1.self_attn.")})),
+    "the tied head alone": tensors(lambda t: t.update({HEAD: t.pop(EMBED)})),
+    "index names an absent head": shard_of(HEAD, SHARDS[1]),
+    "index names an absent head's shard": shard_of(HEAD, "model-00003-of-00003.safetensors"),
     "stored tied head": tensors(lambda t: t.update({HEAD: t[EMBED].clone()})),
     "bfloat16": stored_as(lambda name: torch.bfloat16),
     "mixed dtypes": stored_as(dtype_of),
@@ -364,7 +401,8 @@ ACCEPTED = {
                            _attn_implementation_internal="/evil", architectures=None),
     "largest context": config(max_position_embeddings=2**31),
     "no tokenizer": remove("tokenizer.json"),
-    "unread files": both(put("generation_config.json", b"["), put("chat_template.jinja", b"{{"),
+    "generation_config": put("generation_config.json", b'{"temperature": "x", "top_k": []}'),
+    "unread files": both(put("chat_template.jinja", b"{{"),
                          put("tokenizer_config.json", b"["), put("evil.py"),
                          put("pytorch_model.bin", PICKLE)),
     "symlinks": symlinks,
@@ -378,6 +416,17 @@ def expected(tmp_path_factory) -> torch.Tensor:
     logits = logits_of(write_files(tmp_path_factory.mktemp("expected"), checkpoint()))
     assert 0.1 < logits.std() < 10
     return logits
+
+
+@pytest.mark.parametrize("ends, expected", (
+    (None, [299, 5]), (7, 7), ([7, 8], [7, 8]), ([], [299, 5]), (0, 0),
+))  # fmt: skip
+def test_where_a_text_ends(ends, expected, folder):
+    """Where generation_config.json says, and where it says nothing where config.json does."""
+    config(eos_token_id=[299, 5])(folder)
+    assert load_model(folder).config.eos_token_id == [299, 5]
+    put("generation_config.json", json.dumps({"eos_token_id": ends, "top_p": 2}).encode())(folder)
+    assert load_model(folder).config.eos_token_id == expected
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

@@ -110,6 +110,7 @@ def test_some_token_is_always_left():
 
 TWO = torch.tensor([[5, 6, 7], [8, 9, 10]])
 ONES = torch.ones(2, 3, dtype=torch.long)
+AGAIN = torch.tensor([[0, 1, 0], [0, 1, 2]])
 BAD_INPUTS = {
     "no tensor": ({"input_ids": [[5]]}, "input_ids"), "none": ({"input_ids": None}, "input_ids"),
     "mask of lists": ({"attention_mask": [[1, 1, 1]] * 2}, "attention_mask"),
@@ -124,6 +125,10 @@ BAD_INPUTS = {
     "fewer than no logits": ({"logits_to_keep": -1}, "logits_to_keep"),
     "positions of floats": ({"position_ids": ONES.float()}, "position_ids"),
     "positions too many": ({"position_ids": torch.ones(2, 4, dtype=torch.long)}, "position_ids"),
+    "documents and a mask": ({"position_ids": AGAIN, "attention_mask": ONES}, "anew.*_mask"),
+    "documents and a hole": ({"position_ids": AGAIN * 0, "attention_mask": TWO % 3}, "anew.*_mask"),
+    "documents and a cache": ({"position_ids": AGAIN[:1], "cache": KVCache(
+        GraniteMoeConfig.from_dict(CONFIG), 2, 9)}, "anew.*cache"),
 }  # fmt: skip
 BAD_CACHES = {"of one row": {"batch_size": 1}, "too short": {"max_length": 2}, "of another model": {
     "num_hidden_layers": 3}, "of other heads": {"num_key_value_heads": 4},
@@ -151,6 +156,16 @@ def test_a_mask_may_have_holes(model):
     mask, positions = TWO != 6, torch.tensor([[0, 1, 1], [0, 1, 2]])
     holed = model(TWO, attention_mask=mask, position_ids=positions).logits[0, 2]
     assert torch.allclose(holed, model(TWO[:1, [0, 2]]).logits[0, 1], atol=1e-5)
+
+
+def test_padding_may_have_any_position(model):
+    """It starts nothing anew, on either side."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    a, b = (
+        model(TWO, attention_mask=mask, position_ids=torch.tensor(positions)).logits[mask.bool()]
+        for positions in ([[1, 0, 1], [0, 1, 1]], [[0, 0, 1], [0, 1, 0]])
+    )
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("ids", (TWO - 9, TWO * 100))
@@ -183,6 +198,22 @@ def test_flash_says_what_it_cannot_do(model, tmp_path):
     assert torch.allclose(flash(TWO).logits, model(TWO).logits, atol=1e-5)
     with pytest.raises(ValueError, match="flash.*mask"):
         flash(TWO, attention_mask=ONES)
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_penalty_counts_what_the_cache_holds(compiled, model):
+    """However it came there, and no more than that: a conversation is one long prompt."""
+    parts, how = [IDS, [9, 40], [11]], {"repetition_penalty": 1.9, "compiled": compiled}
+    whole = collect(model, [sum(parts, [])], 8, **how)
+    cache = KVCache(model.config, 1, 32)
+    collect(model, [parts[0]], 1, cache=cache, **how)
+    with torch.no_grad():
+        model(torch.tensor([parts[1]], dtype=torch.int32), cache=cache)
+    assert cache.ids[0, : cache.length].tolist() == parts[0] + parts[1]
+    assert collect(model, [parts[2]], 8, cache=cache, **how) == whole
+    assert whole != collect(model, [sum(parts, [])], 8)
+    cache.length = len(parts[0])  # what is dropped counts no longer
+    assert collect(model, [parts[1] + parts[2]], 8, cache=cache, **how) == whole
 
 
 def test_cache_of_generate(model):

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from changes import NESTED, Change, assert_refused, both, config, device, edit, instead, put, remove
 from conftest import END, START, checkpoint, parts, tokenizer
+from tokenizers import Tokenizer
 
+from engine.tokenizer import encode
 from generate import load_tokenizer
 
 
@@ -78,3 +80,38 @@ def test_tokenizer_keeps_text(folder):
     tok = load_tokenizer(folder)
     assert [tok.decode(tok.encode(text).ids) for text in PLAIN] == PLAIN
     assert tok.encode(END).ids == [0]  # in plain prompts control tokens count, as in transformers
+
+
+def test_what_training_left_behind(folder):
+    """tokenizer.json keeps truncation and padding of its last call: the trainer's state."""
+    clean = [load_tokenizer(folder).encode(text).ids for text in PLAIN]
+    tok = tokenizer()
+    kept = Tokenizer.from_str(tok.to_str())
+    kept.enable_truncation(max_length=3)
+    kept.enable_padding(length=40)
+    kept.save(str(folder / "tokenizer.json"))
+    loaded = load_tokenizer(folder)
+    assert [loaded.encode(text).ids for text in PLAIN] == clean
+    assert [e.ids for e in loaded.encode_batch(PLAIN)] == clean
+
+
+def test_an_added_token_that_the_model_lacks(folder):
+    """Nobody may ever use it; who does is told its name."""
+    tok = Tokenizer.from_str(tokenizer().to_str())
+    tok.add_special_tokens([f"<|{n}|>" for n in range(300)])
+    tok.save(str(folder / "tokenizer.json"))
+    loaded = load_tokenizer(folder)
+    assert encode(loaded, "a <|0|>", 300) == [
+        *tokenizer().encode("a ").ids,
+        tok.token_to_id("<|0|>"),
+    ]
+    with pytest.raises(
+        ValueError, match=r"'<\|299\|>' has id \d+, but the model's vocab_size is 300"
+    ):
+        encode(loaded, "a <|299|>", 300)
+
+
+def test_without_set_blocking(folder, monkeypatch):
+    """Python 3.11 has none on Windows."""
+    monkeypatch.delattr(os, "set_blocking")
+    assert load_tokenizer(folder).encode("a").ids
