@@ -36,6 +36,7 @@ from conftest import (
 from safetensors.torch import load, save
 
 import generate
+from generate import load_chat_template, load_tokenizer
 
 SAID = "\x1b\x9b\tgrün😀\x07\n\ufffdZ"  # also an id without a token
 PLAIN = "\tgrün😀\n\ufffdZ"  # the same without what a terminal might obey
@@ -106,14 +107,10 @@ def test_text(how, speaker, tmp_path):
 @pytest.mark.parametrize("env", ({"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0",
                                  "PYTHONCOERCECLOCALE": "0"}), ids=("ascii", "C"))  # fmt: skip
 def test_locale_that_lacks_characters(env, speaker):
-    """Replaced where they cannot be written; nothing is lost after them."""
+    """Escaped where they cannot be written; nothing is lost after them."""
     status, out, err = run("--model", speaker, "-", given=PROMPT.encode(), env=env)
     assert (status, err) == (0, "") and out.endswith("Z\n")
-    assert re.fullmatch(re.escape(ascii_form(PROMPT + SAID)) + "\n", out)
-
-
-def ascii_form(text: str) -> str:
-    return text.encode("ascii", "replace").decode()
+    assert out == (PROMPT + SAID + "\n").encode("ascii", "backslashreplace").decode()
 
 
 def test_terminal(speaker):
@@ -159,6 +156,76 @@ def test_each_turn_of_a_conversation_has_its_seed(folder, monkeypatch, capsys):
         assert generate.main() == 0
     assert seeds == [None, None, 41, 42, 2**63 - 1, 0]
     assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "template",
+    (
+        None,
+        b"""{% for m in messages %}{{ m.role + ':' + (
+    m.content if loop.last else m.content | upper) + '<|end_of_text|>' }}{% endfor %}>""",
+    ),
+)
+@pytest.mark.parametrize("options", ([], ["--system", "be brief"], ["--stop", "e"]), ids=str)
+def test_a_conversation_is_one_long_prompt(template, options, folder, monkeypatch, capsys):
+    """At each turn, what is held and what is read are the messages so far, and no token more is
+    read than has to be: a template may rewrite what was said, and then that is read again."""
+    if template:
+        (folder / "chat_template.jinja").write_bytes(template)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": 999}))
+    chat, turns, plain = load_chat_template(folder, load_tokenizer(folder)), [], generate.generate
+
+    def spy(model, prompts, *args, cache=None, **how):
+        turns.append([cache.ids[0, : cache.length].tolist(), prompts[0], []])
+        for ids in plain(model, prompts, *args, cache=cache, **how):
+            turns[-1][2].extend(ids)
+            yield ids
+
+    monkeypatch.setattr(generate, "generate", spy)
+    args = ["--chat", "--model", str(folder), "--max-new-tokens", "3", *options]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
+    said = ["a b", "the theory", "<|end_of_text|>"]
+    given = io.BytesIO(b"\xef\xbb\xbf" + "".join(line + "\r\n" for line in said).encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
+    assert generate.main() == 0 and len(turns) == 3
+    replies, whole = capsys.readouterr().out.split("\n"), []
+    messages = [("system", "be brief")] if "--system" in options else []
+    for (held, read, made), message, reply in zip(turns, said, replies, strict=False):
+        messages.append(("user", message))
+        assert held + read == chat(messages) and held == os.path.commonprefix(
+            [held + read[:-1], whole]
+        )
+        assert not whole or (len(held) >= before) == (template is None)
+        messages.append(("assistant", reply))
+        whole, before = held + read + made[:-1], len(held + read)
+
+
+def test_pipe(speaker):
+    """What is piped in where no prompt is given is the prompt; nothing is none."""
+    for given in (PROMPT.encode(), b"\xef\xbb\xbf" + PROMPT.encode()):
+        assert run("--model", speaker, given=given) == (0, PROMPT + SAID + "\n", "")
+        assert run("--model", speaker, "-", given=given) == (0, PROMPT + SAID + "\n", "")
+    for given in (b"", b" \n", b"\xef\xbb\xbf"):
+        status, out, err = run("--model", speaker, "--max-new-tokens", "0", given=given)
+        assert (status, out, err) == (0, generate.PROMPT + "\n", "")
+    ids = run("--model", speaker, "--max-new-tokens", "0", "--raw-ids", given=b"5, 6\n7")
+    assert ids == (0, "5 6 7\n", "")
+    status, out, err = run("--model", speaker, given=b"\xff")
+    assert (status, out) == (2, "")
+    assert_error(err, "PROMPT", "UTF-8")
+
+
+def test_pipe_without_arguments():
+    status, out, _ = run(given=b"def f(x):")
+    assert status == 0 and out == run("def f(x):")[1]
+
+
+def test_pipe_that_waits(speaker):
+    """Says so, once nothing has come for a second."""
+    with start("--model", speaker) as process:
+        assert process.stderr.readline() == b"[waiting for a prompt from standard input]\n"
+        out, _ = process.communicate(PROMPT.encode(), timeout=60)
+    assert (process.returncode, out.decode()) == (0, PROMPT + SAID + "\n")
 
 
 @pytest.mark.parametrize("options, words", (
@@ -252,6 +319,17 @@ def test_missing_library(missing, speaker, tmp_path):
     status, out, err = run("--model", speaker, PROMPT, env=env)
     assert (status, out) == (1, "")
     assert_error(err, f"no {missing}", "pip install -r requirements.txt")
+
+
+def test_missing_jinja2(folder, tmp_path):
+    """Named where a template needs it, and not missed elsewhere."""
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    args, env = ("--model", folder, "--max-new-tokens", "0", "hi"), shim(
+        tmp_path, jinja2="raise ImportError('no jinja2')")  # fmt: skip
+    assert run(*args, env=env)[0] == 0
+    status, out, err = run("--chat", *args, env=env)
+    assert (status, out) == (1, "")
+    assert_error(err, "no jinja2", "pip install -r requirements.txt")
 
 
 def closing(*fds: int) -> dict:

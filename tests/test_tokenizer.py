@@ -3,14 +3,15 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 from changes import NESTED, Change, assert_refused, both, config, device, edit, instead, put, remove
 from conftest import END, START, checkpoint, parts, tokenizer
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
-from engine.tokenizer import encode
-from generate import load_tokenizer
+from engine.tokenizer import decoder, encode
+from generate import TextStream, load_tokenizer
 
 
 def in_tokenizer(change: Callable[[dict], object]) -> Change:
@@ -115,3 +116,53 @@ def test_without_set_blocking(folder, monkeypatch):
     """Python 3.11 has none on Windows."""
     monkeypatch.delattr(os, "set_blocking")
     assert load_tokenizer(folder).encode("a").ids
+
+
+# ---------------------------------------------------------------------------------------- streaming
+
+WORDS = ["the", "theory", "of", "other", "##s", "##ing", ".", "é", "x"]
+
+
+def tokenizers_by_decoder() -> dict[str, Tokenizer]:
+    """Tokenizers to which a token's text depends on its neighbours, each in another way."""
+    vocab = {word: i for i, word in enumerate([*WORDS, "[UNK]"])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    pieces = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    pieces.decoder = decoders.WordPiece()
+    ends = {word + "</w>" * (i % 2): i for word, i in vocab.items()}
+    suffixed = Tokenizer(models.WordLevel(ends, unk_token="[UNK]</w>"))
+    suffixed.decoder = decoders.BPEDecoder()
+    spaced = {"<unk>": 0, "\u2581": 1, "\u2581the": 2, "ory": 3, "\u2581\u2581x": 4, ".": 5}
+    spaced |= {f"<0x{byte:02X}>": 6 + n for n, byte in enumerate("é😀".encode())}
+    metaspace = Tokenizer(models.WordLevel(spaced, unk_token="<unk>"))
+    metaspace.decoder = decoders.Metaspace()
+    llama = Tokenizer(models.WordLevel(spaced, unk_token="<unk>"))
+    llama.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])  # fmt: skip
+    ctc = Tokenizer(models.WordLevel({"<pad>": 0, "|": 1, "a": 2, "b": 3}, unk_token="<pad>"))
+    ctc.decoder = decoders.CTC()
+    special = Tokenizer.from_str(metaspace.to_str())
+    special.add_special_tokens(["<s>"])  # which decoding leaves out
+    return {"byte level": tokenizer(), "none": words, "WordPiece": pieces, "BPE": suffixed,
+            "Metaspace": metaspace, "Llama": llama, "CTC": ctc, "special": special}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tokenizers_by_decoder())
+def test_streamed_text(name):
+    """Of random tokens: what is shown, and what comes at the end, is what all of them decode to."""
+    tok, rng, several = tokenizers_by_decoder()[name], Random(7), 0
+    decode, ids = decoder(tok), [*tok.get_vocab().values()]
+    units = [[i] for i in ids]
+    if name == "Llama":  # whose runs of bytes are text as a whole or not at all
+        units = [[i] for i in ids if i < 6] + [[6, 7], [8, 9, 10, 11]]
+    for _ in range(300):
+        prompt, new = (sum(rng.choices(units, k=rng.randint(1, n)), []) for n in (6, 12))
+        if tok.decode(prompt).endswith("\ufffd"):
+            continue  # typed text ends with a whole character
+        row = TextStream(decode, [], [], prompt)
+        shown = [row.push(i) for i in new]
+        several += sum(map(bool, shown)) > 1
+        assert "".join(shown) + row.finish() == tok.decode(prompt + new)[len(tok.decode(prompt)) :]
+        assert row.text == tok.decode(prompt + new)[len(tok.decode(prompt)) :] and row.made == new
+    assert several > 50
