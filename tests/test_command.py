@@ -188,7 +188,7 @@ def test_a_conversation_is_one_long_prompt(template, options, folder, monkeypatc
     given = io.BytesIO(b"\xef\xbb\xbf" + "".join(line + "\r\n" for line in said).encode())
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
     assert generate.main() == 0 and len(turns) == 3
-    replies, whole = capsys.readouterr().out.split("\n"), []
+    replies, whole, before = capsys.readouterr().out.split("\n"), [], 0
     messages = [("system", "be brief")] if "--system" in options else []
     for (held, read, made), message, reply in zip(turns, said, replies, strict=False):
         messages.append(("user", message))

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
@@ -120,15 +120,16 @@ def encode(tokenizer: Tokenizer, texts: list[str], cuts: float = 0.0) -> torch.T
     return torch.from_numpy(np.concatenate(row))
 
 
-def power_rate(tokens: float, total: float) -> float:
+def power_rate(tokens: float, total: float, seen: float = 0.0) -> float:
     """eta(n) = min(eta_max, beta * a * n^b) after a linear warmup; the last sixth decays to 1 %.
 
-    beta is the batch size in sequences of 4,096 tokens, on which the constants were fitted.
+    beta is the batch size in sequences of 4,096 tokens, on which the constants were fitted. A run
+    that goes on from a checkpoint which has seen tokens warms up and decays over its own share.
     """
-    decay_from = total * 5 / 6
+    decay_from = seen + (total - seen) * 5 / 6
     rate = min(ETA_MAX, B * T / 4096 * A * max(min(tokens, decay_from), 1) ** EXPONENT)
     decay = 0.01 ** max(0.0, (tokens - decay_from) / (total - decay_from))
-    return rate * decay * min(1.0, tokens / (WARMUP * B * T))
+    return rate * decay * min(1.0, (tokens - seen) / (WARMUP * B * T))
 
 
 def new_model(config: GraniteMoeConfig) -> GraniteMoeForCausalLM:
@@ -226,18 +227,26 @@ def train(
     state, log = args.out / "state.part", args.out / "log.csv"
     generator, step, losses = torch.Generator().manual_seed(0), 0, []
     rows = [["tokens", "train_loss", "held_out_loss", "aux_loss", "max_share", "min_share"]]
+    if args.start:
+        model.load_state_dict(load_file(args.start / "model.safetensors"), strict=False)
+        report = json.loads((args.start / "report.json").read_text())
+        step = int(report["tokens_seen"] // (B * T))
+        generator.manual_seed(step)
+        rows = list(csv.reader((args.start / "log.csv").open()))
+    start = step
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         step = saved["step"]
-        rows = list(csv.reader(log.open()))[: 1 + step // 100]
+        rows = list(csv.reader(log.open()))
+        rows = [row for row in rows if not row[0].isdigit() or int(row[0]) <= step * B * T]
     began, first, steps = time.monotonic(), step, math.ceil(args.tokens / (B * T))
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * power_rate((step + 1) * B * T, steps * B * T)
-        length = T // 2 if step < steps * 5 / 6 else T
+            group["lr"] = group["scale"] * power_rate((step + 1) * B * T, steps * B * T, start * B * T)
+        length = T // 2 if step < start + (steps - start) * 5 / 6 else T
         batch = windows(ids, length, generator).to(device)
         loss, aux = learn(model, optimizer, batch, args.aux_coef)
         losses, step = [*losses, loss], step + 1
@@ -310,10 +319,13 @@ def save(model: GraniteMoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     ends = {name: 0 for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     kind = {name: SPECIAL[0] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    others = {"attention_bias": False, "rope_scaling": None, "use_cache": True}
+    reads = {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": T}
+    reads |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     for name, data in (
-        ("config.json", head | fields | {"rope_scaling": None, "use_cache": True}),
+        ("config.json", head | fields | others),
         ("generation_config.json", ends),
-        ("tokenizer_config.json", kind | {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ("tokenizer_config.json", kind | reads),
     ):
         (out / name).write_text(json.dumps(data, indent=2) + "\n")
 
@@ -345,7 +357,8 @@ def save_report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: tiny/)")
-    parser.add_argument("--tokens", type=float, default=18e6, help="how many tokens to see")
+    parser.add_argument("--start", type=Path, help="a folder of this script's whose model goes on")
+    parser.add_argument("--tokens", type=float, default=18e6, help="how many tokens to have seen")
     parser.add_argument("--prompt-tokens", type=float, default=2.5e6, help="of the last stage")
     parser.add_argument("--aux-coef", type=float, default=0.02)
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
