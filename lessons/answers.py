@@ -125,6 +125,7 @@ def of_route(x_ND: Tensor, router_ED: Tensor, K: int) -> Mistakes:
     yield "The softmax is taken twice.", (all_NK.softmax(dim=-1), ids_NK)
     sigmoids_NK = (x_ND @ router_ED.T).gather(1, ids_NK).sigmoid()
     yield "These are sigmoids. Take the softmax.", (sigmoids_NK, ids_NK)
+    yield "These are the scores. Take their softmax.", (sigmoids_NK.logit(), ids_NK)
     yield "The largest must come first.", (weights_NK.flip(1), ids_NK.flip(1))
 
 
@@ -156,7 +157,7 @@ def of_experts(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor)
 
 def of_balance(logits_NE: Tensor, K: int) -> Mistakes:
     (N, E), loss = logits_NE.shape, balance(logits_NE, K)
-    yield "The factor E is missing.", loss / E
+    yield "It must be E times the sum over experts.", loss / E
     yield "Only the first choice of a token is counted. Count all K.", balance(logits_NE, 1)
     yield "It is divided by K.", loss / K
     yield "One of the two means is a sum over tokens.", loss * N
@@ -168,13 +169,16 @@ def of_step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *n: f
     back = [turn(x, torch.full(x.shape[2:3], -L), n[1]) for x in (q, k)]
     again = step(q, k, v, turn(keys, torch.arange(L), n[1]), values, *n)
     alone = step(q, k, v, keys[:, :, :0], values[:, :, :0], *n)[0]
-    new, raw = [x[:, :, L:] for x in whole], torch.cat((keys, k), dim=2)
+    new, at = [x[:, :, L:] for x in whole], torch.arange(L, L + q.shape[2])
     from_0 = step(*back, v, keys, values, *n)
+    no_q = step(turn(q, -at, n[1]), k, v, keys, values, *n)
+    no_k = step(q, turn(k, -at, n[1]), v, keys, values, *n)
     yield "New tokens are numbered from 0 again. Number them from L.", from_0
     yield "The new tokens are not in the keys and values returned.", (y, keys, values)
     yield "The old tokens are not in the keys and values returned.", (y, *new)
     yield "The queries see only the new tokens.", (alone, *whole)
-    yield "The new keys are returned as before turning.", (y, raw, whole[1])
+    yield "The queries are not turned.", no_q
+    yield "The new keys are not turned.", no_k
     yield "The old keys are turned again.", again
 
 
@@ -212,7 +216,7 @@ PUZZLES = {
         ("N=7 D=8 E=5 K=2 F=12", "N=1 D=4 E=3 K=3 F=8", "N=4 D=4 E=6 K=1 F=4")),
     "experts_batched": Puzzle(granitemoe.experts_gathered, of_experts, "y_ND",
         f"{MOE} experts_grouped, experts_gathered",
-        ("N=7 D=8 E=5 K=2 F=12", "N=20 D=8 E=12 K=2 F=12", "N=1 D=4 E=3 K=3 F=8")),
+        ("N=4 D=8 E=5 K=2 F=12", "N=8 D=8 E=12 K=2 F=12", "N=1 D=4 E=3 K=3 F=8")),
     "load_balancing": Puzzle(balance, of_balance, "loss",
         "granitemoe.py, language model: load_balancing_loss",
         ("N=9 E=5 K=2", "N=4 E=3 K=1", "N=1 E=4 K=4")),
@@ -234,7 +238,7 @@ def cases(stub: Piece) -> Iterator[tuple[str, list]]:
     scope = {"torch": torch, name: lambda *x: noted.extend(x) or PUZZLES[name].answer(*x)}
     for line in doctest.DocTestParser().get_examples(stub.__doc__):
         exec(line.source, scope)
-    yield "the example", noted
+    yield "the example in its docstring", noted
     told = re.findall(r"(\w+(?: and \w+)*) \(([A-Z](?:, [A-Z])*)\)", stub.__doc__)
     shapes = {x: shape.split(", ") for names, shape in told for x in names.split(" and ")}
     for case in PUZZLES[name].cases:
