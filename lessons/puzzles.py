@@ -157,7 +157,7 @@ def one_line(path: str, start: str = "") -> Iterator[None]:
     except Wrong:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, NotImplementedError) and not str(error):
+        if start and isinstance(error, NotImplementedError) and not str(error):
             raise Wrong from None
         frames = traceback.extract_tb(error.__traceback__)
         lines = [getattr(error, "lineno", None), *(f.lineno for f in frames if f.filename == path)]
@@ -205,13 +205,15 @@ def check(stub: Piece, piece: Piece, path: str) -> None:
         raise Wrong(f"{path} has no function of this name.")
     for case, inputs in cases(stub):
         want, _ = run(puzzle.answer, inputs)
-        with one_line(path, f"for {case}, "), Count() as count:
-            got, given = run(piece, inputs)
+        with one_line(path, f"for {case}, "):
+            with Count() as count:
+                got, given = run(piece, inputs)
+            problem = differ(puzzle.gives.split(), got, want)
         counts[case] = count.calls
         for x, now, before in zip(names, given, inputs, strict=True):
             if isinstance(now, Tensor) and not torch.equal(now, before):
                 raise Wrong(f"for {case}, it changes its input {x}. Work on a copy.")
-        if problem := differ(puzzle.gives.split(), got, want):
+        if problem:
             raise Wrong(f"for {case}, {problem}. {mistake(stub, piece)}".rstrip())
     (case, few), (larger, many) = [*counts.items()][1:3]
     if stub is experts_batched and many > few + 3:
@@ -267,7 +269,8 @@ def main() -> None:
             solved[name] = found[name]
             print(f"{name}: solved. Compare with {PUZZLES[name].place}.")
     if waiting:
-        print(f"{waiting[0]}: not written yet. Fill in its body in {path}, then run")
+        first = f"{waiting[0]}: not written yet (nothing is returned)."
+        print(f"{first} Fill in its body in {path}, then run")
         print(f"    python lessons/puzzles.py {path} {waiting[0]}")
     if waiting[1:]:
         print(f"After it: {', '.join(waiting[1:])}.")
