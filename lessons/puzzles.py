@@ -162,7 +162,7 @@ def one_line(path: str, start: str = "") -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [getattr(error, "lineno", None), *(f.lineno for f in frames if f.filename == path)]
         where = f"{path}, line {lines[-1]}" if lines[-1] else path
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        said = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
         raise Wrong(f"{start}{where}: {said:.160}") from None
 
 
