@@ -148,6 +148,12 @@ def encode_text(tokenizer: "Tokenizer", control: set[int], text: str) -> list[in
 # ---------------------------------------------------------------------------- a stranger's program
 
 
+def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """The filter of this name, without jinja2's escapes for HTML."""
+    how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(x, ensure_ascii=ensure_ascii, **how)
+
+
 def sandbox():  # noqa: ANN201  (jinja2 is imported where there is a template alone)
     """The environment in which transformers renders chat templates."""
     from jinja2 import ext, nodes, sandbox, utils
@@ -177,10 +183,6 @@ def sandbox():  # noqa: ANN201  (jinja2 is imported where there is a template al
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        how = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-        return json.dumps(x, ensure_ascii=ensure_ascii, **how)
 
     how = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [Generation, ext.loopcontrols]}
     made = sandbox.ImmutableSandboxedEnvironment(**how)

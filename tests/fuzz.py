@@ -31,6 +31,7 @@ from changes import (
     put,
     shard_of,
     shards,
+    spelled,
     tensors,
 )  # fmt: skip
 from conftest import (
@@ -48,20 +49,34 @@ from conftest import (
     unpack,
     write_files,
 )  # fmt: skip
+from test_chat import HOSTILE, TEMPLATES
 from test_checkpoint import ACCEPTED
 from test_checkpoint import ROWS as CHECKPOINTS
+from test_tokenizer import LEFTOVERS
 from test_tokenizer import ROWS as TOKENIZERS
+
+from engine.checkpoint import WRAPPERS
 
 ARGS = ("--max-new-tokens", "3", "a 1")
 JUNK = [None, True, -1, 0, "x", "8", [], {}, [8], INF, -INF, INF - INF, 10**30, 10**400, 1e40]
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts")
 HARMLESS = {  # variants of the corpus that go together: one of each line, in this order
     "config": ("as it is", "rope_parameters", "rope_scaling null", "no dtype", "ints for floats",
-               "activation_function", "head_dim", "unknown keys", "largest context"),
+               "activation_function", "head_dim", "unknown keys", "largest context",
+               "generation_config"),
     "weights": ("as it is", "stored tied head", "bfloat16", "mixed dtypes", "both spellings",
-                "the other spelling", "names in another order", "spaces after the header"),
-    "shards": ("as it is", "shards", "index without metadata", "index with odd metadata"),
+                "the other spelling", "names in another order", "spaces after the header",
+                "names without model.", "buffers", "the tied head alone"),
+    "shards": ("as it is", "shards", "index without metadata", "index with odd metadata",
+               "index names an absent head", "index names an absent head's shard"),
 }  # fmt: skip
+TEMPLATE = "chat_template.jinja"  # a folder that has one is asked with --chat
+SAYING = (  # templates that write the one message as it is
+    "{{ messages[0].content }}", "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    "{%- set x = messages[-1] -%}\n{{ x.content | trim }}",
+    "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}",
+    "{{ messages | map(attribute='content') | join }}{{ tools if tools }}",
+)  # fmt: skip
 
 
 def flip(name: str, rng: Random, end: int | None = None) -> Change:
@@ -109,7 +124,30 @@ def tokenizer_junk(rng: Random) -> Change:
     return edit("tokenizer.json", change)
 
 
+def wrapped(rng: Random) -> Change:
+    prefix = "".join(rng.sample([*WRAPPERS], rng.randint(1, 2)))
+    return spelled(lambda name: prefix + name)
+
+
+def wrong_end(rng: Random) -> Change:
+    end = rng.choice([junk for junk in JUNK if junk not in (None, 0, 8, [], [8])])
+    return put("generation_config.json", json.dumps({"eos_token_id": end}).encode())
+
+
+def template_junk(rng: Random) -> Change:
+    """A good template of which a piece is gone, doubled, or another's."""
+    text, other = (rng.choice([*TEMPLATES.values(), *SAYING]) for _ in range(2))
+    at, to = sorted(rng.randrange(len(text)) for _ in range(2))
+    made = rng.choice((text[:at] + text[to:], text[:to] + text[at:], text[:at] + other[at:]))
+    return put(TEMPLATE, made.encode())
+
+
 REJECT: list[Callable[[Random], Change]] = [
+    lambda rng: put(TEMPLATE, rng.choice([*HOSTILE.values()])[0].encode()),
+    wrapped,
+    wrong_end,
+    lambda rng: put("adapter_config.json", rng.randbytes(rng.randint(0, 9))),
+    lambda rng: both(config(tie_word_embeddings=False), ACCEPTED["index names an absent head"]),
     lambda rng: rng.choice(CHECKPOINTS + TOKENIZERS)[1],
     lambda rng: config(rng.choice(REQUIRED)),
     lambda rng: config(**{rng.choice(REQUIRED): rng.choice(JUNK)}),
@@ -142,17 +180,25 @@ EITHER: list[Callable[[Random], Change]] = [
     lambda rng: config(**{(n := rng.choice(REQUIRED)): CONFIG[n] * rng.choice((0.5, 2))}),
     lambda rng: config(**{rng.choice([*CONFIG, "rope_parameters", "head_dim"]): rng.choice(JUNK)}),
     tokenizer_junk,
+    template_junk,
 ]
 ACCEPT: list[Callable[[Random], Change]] = [
-    lambda rng: both(*(ACCEPTED[rng.choice(names)] for names in HARMLESS.values())),
+    lambda rng: both(
+        *(ACCEPTED[rng.choice(names)] for names in HARMLESS.values()),
+        LEFTOVERS[rng.choice([*LEFTOVERS])],
+        rng.choice((lambda folder: None, put(TEMPLATE, rng.choice(SAYING).encode()))),
+    ),
 ]
 MUTATIONS = {"reject": REJECT, "either": EITHER, "accept": ACCEPT}
 
 
 def run_case(folder: Path, change: Change) -> Outcome:
     change(write_files(folder, checkpoint()))
-    outcome = forked(command("--model", str(folder), *ARGS), seconds=10)
+    chat = ["--chat"] if (folder / TEMPLATE).exists() else []
+    outcome = forked(command("--model", str(folder), *chat, *ARGS), seconds=10)
     shutil.rmtree(folder)
+    if chat:  # which shows a reply alone
+        outcome = outcome._replace(out=ARGS[-1] + outcome.out)
     return outcome
 
 

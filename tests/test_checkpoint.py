@@ -383,8 +383,9 @@ ACCEPTED = {
     "buffers": tensors(lambda t: t.update({name + "rotary_emb.inv_freq": torch.ones(4) for name in (
         "model.", "model.layers.0.self_attn.", "model.layers.1.self_attn.")})),
     "the tied head alone": tensors(lambda t: t.update({HEAD: t.pop(EMBED)})),
-    "index names an absent head": shard_of(HEAD, SHARDS[1]),
-    "index names an absent head's shard": shard_of(HEAD, "model-00003-of-00003.safetensors"),
+    "index names an absent head": shards(lambda i: i["weight_map"].setdefault(HEAD, SHARDS[1])),
+    "index names an absent head's shard": shards(lambda i: i["weight_map"].setdefault(
+        HEAD, "model-00003-of-00003.safetensors")),
     "stored tied head": tensors(lambda t: t.update({HEAD: t[EMBED].clone()})),
     "bfloat16": stored_as(lambda name: torch.bfloat16),
     "mixed dtypes": stored_as(dtype_of),

@@ -245,7 +245,9 @@ def train(
     began, first, steps = time.monotonic(), step, math.ceil(args.tokens / (B * T))
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * power_rate((step + 1) * B * T, steps * B * T, start * B * T)
+            group["lr"] = group["scale"] * power_rate(
+                (step + 1) * B * T, steps * B * T, start * B * T
+            )
         length = T // 2 if step < start + (steps - start) * 5 / 6 else T
         batch = windows(ids, length, generator).to(device)
         loss, aux = learn(model, optimizer, batch, args.aux_coef)
