@@ -441,7 +441,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         letter, help = each.metadata["help"]
         add("--" + each.name.replace("_", "-"), metavar=letter, help=help, **how)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    add("--chat", action="store_true", help="Granite's chat format; no PROMPT: a conversation")
+    add("--chat", action="store_true", help="the model's chat format; no PROMPT: a conversation")
     add("--system", metavar="TEXT", help="the system message of --chat")
     add("--raw-ids", action="store_true", help="prompts and output are token ids")
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:N")
