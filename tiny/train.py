@@ -1,6 +1,7 @@
 """Train the small GraniteMoe in this folder on the Python standard library of this machine.
 
     python tiny/train.py --compile        # about an hour on two cores; run again to resume
+    python tiny/train.py --compile --start tiny --tokens 58e6       # go on from what is there
     python tiny/train.py --out /tmp/off --aux-coef 0 --tokens 3e6     # without load balancing
     python tiny/train.py --out /tmp/dense --dense --tokens 3e6        # same active size, no experts
 
@@ -213,42 +214,56 @@ def learn(
     return output.loss.item(), aux.item()
 
 
-def train(
-    args: argparse.Namespace, config: GraniteMoeConfig, ids: torch.Tensor, held: torch.Tensor
-) -> GraniteMoeForCausalLM:
-    """Run to args.tokens, resuming from state.part; returns the trained model."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = new_model(config).to(device)
-    optimizer = new_optimizer(model)
-    if args.compile:  # not what PyTorch compiles in bfloat16 only
-        model.config.experts_backend = "batched"
-        granitemoe.grouped_product = torch.compiler.disable(granitemoe.grouped_product)
-        model.model.forward = torch.compile(model.model.forward, dynamic=False)
-    state, log = args.out / "state.part", args.out / "log.csv"
-    generator, step, losses = torch.Generator().manual_seed(0), 0, []
+def resume(
+    args: argparse.Namespace,
+    model: GraniteMoeForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> tuple[int, int, list[list]]:
+    """Load what the run goes on from: --start's model, then what it wrote before an interruption.
+
+    Returns the run's first step, the next one, and the rows of the log so far.
+    """
+    first, state, log = 0, args.out / "state.part", args.out / "log.csv"
     rows = [["tokens", "train_loss", "held_out_loss", "aux_loss", "max_share", "min_share"]]
     if args.start:
-        model.load_state_dict(load_file(args.start / "model.safetensors"), strict=False)
-        report = json.loads((args.start / "report.json").read_text())
-        step = int(report["tokens_seen"] // (B * T))
-        generator.manual_seed(step)
-        rows = list(csv.reader((args.start / "log.csv").open()))
-    start = step
+        model.load_state_dict(load_file(args.start / "model.safetensors"))
+        seen = json.loads((args.start / "report.json").read_text())["tokens_seen"]
+        first = int(seen // (B * T))
+        generator.manual_seed(first)
+        log = log if state.exists() else args.start / "log.csv"
+    step = first
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         step = saved["step"]
-        rows = list(csv.reader(log.open()))
-        rows = [row for row in rows if not row[0].isdigit() or int(row[0]) <= step * B * T]
-    began, first, steps = time.monotonic(), step, math.ceil(args.tokens / (B * T))
+    if args.start or state.exists():
+        read = list(csv.reader(log.open()))[1:]
+        rows += [row for row in read if int(row[0]) <= step * B * T]
+    return first, step, rows
+
+
+def train(
+    args: argparse.Namespace, config: GraniteMoeConfig, ids: torch.Tensor, held: torch.Tensor
+) -> GraniteMoeForCausalLM:
+    """Run until args.tokens are seen; returns the trained model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = new_model(config).to(device)
+    optimizer, generator = new_optimizer(model), torch.Generator().manual_seed(0)
+    first, step, rows = resume(args, model, optimizer, generator)
+    if args.compile:  # not what PyTorch compiles in bfloat16 only
+        model.config.experts_backend = "batched"
+        granitemoe.grouped_product = torch.compiler.disable(granitemoe.grouped_product)
+        model.model.forward = torch.compile(model.model.forward, dynamic=False)
+    steps, losses, state = math.ceil(args.tokens / (B * T)), [], args.out / "state.part"
+    began, before = time.monotonic(), step
     while step < steps:
+        rate = power_rate((step + 1) * B * T, steps * B * T, first * B * T)
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * power_rate(
-                (step + 1) * B * T, steps * B * T, start * B * T
-            )
-        length = T // 2 if step < start + (steps - start) * 5 / 6 else T
+            group["lr"] = group["scale"] * rate
+        length = T // 2 if step < first + (steps - first) * 5 / 6 else T
         batch = windows(ids, length, generator).to(device)
         loss, aux = learn(model, optimizer, batch, args.aux_coef)
         losses, step = [*losses, loss], step + 1
@@ -256,10 +271,10 @@ def train(
             held_loss, shares = evaluate(model, held[: 16 * B * T], length)
             numbers = np.mean(losses), held_loss, aux, max(map(max, shares)), min(map(min, shares))
             rows.append([step * B * T, *(round(float(x), 4) for x in numbers)])
-            rate = (step - first) * B * T / (time.monotonic() - began)
-            left = f"{(steps - step) * B * T / rate / 60:.0f} minutes left"
-            print(*rows[-1], f"{rate:.0f} tokens/s, {left}", flush=True)
-            with log.open("w", newline="") as file:
+            speed = (step - before) * B * T / (time.monotonic() - began)
+            left = f"{(steps - step) * B * T / speed / 60:.0f} minutes left"
+            print(*rows[-1], f"{speed:.0f} tokens/s, {left}", flush=True)
+            with (args.out / "log.csv").open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(rows)
             losses = []
         if step % 200 == 0:
