@@ -21,9 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (
     "granitemoe.py", "generate.py", "engine/checkpoint.py", "engine/tokenizer.py",
-    "engine/terminal.py", "engine/cuda.py",
+    "engine/chat.py", "engine/terminal.py", "engine/cuda.py",
 )  # fmt: skip
-TESTS = [f"tests/test_{n}.py" for n in ("generation", "checkpoint", "tokenizer", "cpu", "command")]
+ROOMS = ("generation", "checkpoint", "tokenizer", "chat", "cpu", "command")
+TESTS = [f"tests/test_{name}.py" for name in ROOMS]
 SLOW = "soak or fuzz or memory_while or without_asserts or threads or auto or asked_for or drop_as"
 ANYTHING = ast.parse("lambda x: True", mode="eval").body
 
