@@ -479,9 +479,9 @@ def check_inputs(model: nn.Module, input_ids, attention_mask, position_ids, cach
     if attention_mask is not None and model.config.attention_backend == "flash":
         raise ValueError("attention_backend: 'flash' takes no padding mask; use 'sdpa' or 'eager'")
     if position_ids is not None and T > 1 and (cache is not None or attention_mask is not None):
-        real = (torch.ones_like(input_ids) if attention_mask is None else attention_mask)[:, -T:]
-        so_far = position_ids.where(real.bool(), -1).cummax(dim=1).values
-        if (real[:, 1:].bool() & (position_ids[:, 1:] <= so_far[:, :-1])).any():
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
+        real, now = real.bool().cpu(), position_ids.cpu()  # synchronises with the host
+        if (real[:, 1:] & (now[:, 1:] <= now.where(real, -1).cummax(dim=1).values[:, :-1])).any():
             raise ValueError("position_ids: start anew in a row with an attention_mask or a cache")
 
 
