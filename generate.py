@@ -307,8 +307,7 @@ class TextStream:
         self.decode, self.stops, self.ends = decode, stops, ends
         self.made: list[int] = []
         self.ids, self.begin, self.read = [*prompt], 0, len(prompt)  # read: those with a known text
-        self.held, self.text = "", ""  # not given out, since it may become a stop text; given out
-        self.ended = False
+        self.held, self.text, self.ended = "", "", False  # held: may become a stop; text: given out
 
     def push(self, token_id: int | None) -> str:
         """The row's next id, or None after its last; returns what can be shown now."""
@@ -329,7 +328,7 @@ class TextStream:
         return self.give(max((len(x) for x in starts if self.held.endswith(x)), default=0))
 
     def unread(self) -> str:
-        """The text of the last ids, beside what was read before them: it can depend on that."""
+        """The text of the last ids, decoded after those before them, on which it can depend."""
         before = self.decode(self.ids[self.begin : self.read])
         return self.decode(self.ids[self.begin :])[len(before) :]
 
@@ -375,7 +374,7 @@ def converse(
     model: GraniteMoeForCausalLM, chat: Callable, messages: list[tuple[str, str]], decode: Decode,
     args: argparse.Namespace,
 ) -> None:  # fmt: skip
-    """One message a line from standard input; what the cache holds of the messages is kept."""
+    """One message a line from standard input; tokens that the cache holds are not read again."""
     weight, room = model.model.norm.weight, min(model.config.max_position_embeddings, CHAT_TOKENS)
     cache = KVCache(model.config, 1, room, device=weight.device, dtype=weight.dtype)
     while line := terminal.read_line():
@@ -410,6 +409,7 @@ def parse_args(given: list[str]) -> argparse.Namespace:
         args.device = pick_device(args.device)
         for bad, message in (
             (args.system is not None and not args.chat, "--system: needs --chat"),
+            (any("\ud800" <= c <= "\udfff" for c in args.system or ""), "--system: is not UTF-8"),
             (args.chat and (args.raw_ids or len(args.prompts) > 1),
              "--chat: takes one PROMPT or none, and no --raw-ids"),
             ("" in args.stop or (args.stop and args.raw_ids),
@@ -478,7 +478,7 @@ def run(args: argparse.Namespace) -> None:
     folder = checkpoint.find_folder(args.model)
     tokenizer = None if args.raw_ids else load_tokenizer(folder)
     decode, chat = decoder(tokenizer), args.chat and load_chat_template(folder, tokenizer)
-    messages = [("system", args.system)] if args.system else []
+    messages = [("system", args.system)] if args.system is not None else []
     model = open_model(args, folder)
     if args.raw_ids:
         stream(model, args.ids, [" ".join(map(str, ids)) for ids in args.ids], decode, args)

@@ -214,6 +214,7 @@ def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop
         if "No available kernel" not in str(error):
             raise
         where = f"on {q.device} in {q.dtype}, head_dim {q.shape[3]}, dropout {drop}"
+        where += ", with a mask" * (mask is not None)
         raise ValueError(f"attention_backend: 'flash' cannot run {where}; use 'sdpa'") from None
 
 
@@ -249,14 +250,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: list[Tensor], mask: Mask, past: Past | None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        heads = (*x.shape[:2], -1, self.config.head_dim)
+        c, heads = self.config, (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (proj(x).view(heads).transpose(1, 2) for proj in projections)  # (B, H or G, T, C)
         q, k = rotate(torch.cat((q, k), dim=1), *rope).split((q.shape[1], k.shape[1]), dim=1)
         if past is not None:
             k, v = past.append(k, v)  # (B, G, S, C)
-        attend = ATTENTION[self.config.attention_backend]
-        drop = self.config.attention_dropout if self.training else 0.0
-        y = attend(q, k, v, mask, self.config.attention_multiplier, drop)  # (B, H, T, C)
+        drop = c.attention_dropout if self.training else 0.0
+        y = ATTENTION[c.attention_backend](q, k, v, mask, c.attention_multiplier, drop)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -478,9 +478,10 @@ def check_inputs(model: nn.Module, input_ids, attention_mask, position_ids, cach
             raise ValueError(f"cache: {S} tokens do not fit in {cache.max_length}")
     if attention_mask is not None and model.config.attention_backend == "flash":
         raise ValueError("attention_backend: 'flash' takes no padding mask; use 'sdpa' or 'eager'")
-    if position_ids is not None and T > 1 and (cache is not None or attention_mask is not None):
+    ambiguous = position_ids is not None and not (cache is None and attention_mask is None)
+    if ambiguous and T > 1 and not torch.compiler.is_compiling():  # synchronises with the host
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -T:]
-        real, now = real.bool().cpu(), position_ids.cpu()  # synchronises with the host
+        real, now = real.bool().cpu(), position_ids.cpu()
         if (real[:, 1:] & (now[:, 1:] <= now.where(real, -1).cummax(dim=1).values[:, :-1])).any():
             raise ValueError("position_ids: start anew in a row with an attention_mask or a cache")
 
@@ -511,9 +512,8 @@ class GraniteMoeModel(nn.Module):
         mask = None if attention_mask is None else visible(slots, attention_mask)
         if position_ids is not None and attention_mask is None and cache is None:
             # packed: a document begins where positions do not go on by one, as in transformers
-            begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
-            number = begins.cumsum(dim=1)  # of the document, (B or 1, T)
-            mask = (number[:, :, None] == number[:, None]).tril()[:, None]
+            number = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=1)
+            mask = (number[:, :, None] == number[:, None]).tril()[:, None]  # (B or 1, 1, T, T)
         router_logits = []
         for i, layer in enumerate(self.layers):
             x, logits = layer(x, rope, mask, None if cache is None else cache.layer(i))
@@ -570,7 +570,7 @@ class GraniteMoeForCausalLM(nn.Module):
         """Predict the token after each of input_ids (B, T).
         attention_mask (B, S): 1 for tokens, 0 for padding on either side; S counts cached tokens.
         position_ids (B, T): 0, 1, ... after the cached tokens if None; left padding needs them.
-        Where they start anew in a row without mask and cache, another document begins.
+        Without mask and cache, another document begins where they do not go on by one.
         labels (B, T): shifted inside, -100 is ignored; the loss is the mean in nats, plus the
         auxiliary loss times its coefficient where router logits are asked for.
         logits_to_keep: compute only this many last positions; 0 computes all. Raises ValueError."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import (
-    MAX_JSON,
     find_folder,
     naming,
     open_file,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SECONDS, MEMORY = 5, 512 * 2**20  # that rendering may take; templates that people use take 1 ms
+MAX_TEXT = 2**20  # characters of a template, and of what it writes
 Messages = list[tuple[str, str]]  # (role, content)
 
 
@@ -40,14 +40,12 @@ def load_chat_template(
     """
     folder = find_folder(path)
     file, template, names = find_template(folder)
-    size, written = read_config(folder).vocab_size, template or START + ROLE_END + END
+    size = read_config(folder).vocab_size
+    control = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     if template is None:
-        good = None not in map(tokenizer.token_to_id, (START, ROLE_END, END))
+        control |= {tokenizer.token_to_id(token) for token in (START, ROLE_END, END)}
+        good = None not in control
         require(good, f"--chat: neither a chat template nor {START}, so this is no instruct model")
-    control = {
-        i for i, token in tokenizer.get_added_tokens_decoder().items()
-        if token.special or (token.content.strip() and token.content in written)
-    }  # fmt: skip
 
     def render(messages: Messages) -> str:
         if template is None:
@@ -85,7 +83,9 @@ def find_template(folder: Path) -> tuple[Path, str | None, dict[str, str]]:
     names = {name: token for name, token in tokens.items() if isinstance(token, str)}
     if own.exists():
         with naming(own), open_file(own) as raw:
-            return own, raw.read(MAX_JSON).decode(), names
+            template = raw.read(MAX_TEXT + 1)
+            require(len(template) <= MAX_TEXT, f"larger than {MAX_TEXT} bytes")
+            return own, template.decode(), names
     template = data.get("chat_template")
     with naming(file):
         if isinstance(template, list):  # several, of which each has a name
@@ -103,16 +103,20 @@ def encode_chat(
 ) -> list[int]:
     """The ids of the rendered messages, in which control tokens are the template's alone.
 
-    Where a message spells one, private characters stand in for its own while the template is
-    rendered and cut at the control tokens that it then has; each piece between two of them that
-    holds such characters gets its own back and is encoded with control tokens off.
+    Where a message spells one, private characters stand in for those of the token while the
+    template is rendered. The control tokens in the result are the template's. They cut it into
+    pieces; a piece with stand-ins gets its characters back, and is encoded with control tokens off.
     """
-    free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in f"{messages}")
+    used = {c for message in messages for text in message for c in text}
+    free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in used)
     stand_ins: dict[str, str] = {}
 
     def hide(text: str) -> str:
         found, characters = tokenizer.encode(text, add_special_tokens=False), [*text]
         for i, (start, end) in zip(found.ids, found.offsets, strict=True):
+            at = text.find(token := tokenizer.id_to_token(i), start, end)
+            if at >= 0:  # some tokens take the white space around them along
+                start, end = at, at + len(token)
             for at in range(start, end) if i in control else ():
                 if text[at] not in stand_ins:
                     stand_ins[text[at]] = next(free)
@@ -136,11 +140,9 @@ def encode_chat(
 
 
 def encode_text(tokenizer: "Tokenizer", control: set[int], text: str) -> list[int]:
-    tokenizer.encode_special_tokens = True  # that is: as ordinary text
-    try:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-    finally:
-        tokenizer.encode_special_tokens = False
+    plain = type(tokenizer).from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True  # that is: as ordinary text
+    ids = plain.encode(text, add_special_tokens=False).ids
     require(control.isdisjoint(ids), "--chat: control tokens in the message")
     return ids
 
@@ -217,22 +219,23 @@ def confined(act: Callable[[], str]) -> str:
         finally:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-    require(answer, f"chat template: took more than {SECONDS} s, and was ended")
-    require(answer.startswith(b"="), f"chat template: {answer[1:].decode()}")
-    return answer[1:].decode()
+    finished = answer.endswith(b".")
+    require(finished, f"chat template: took more than {SECONDS} s or {MEMORY >> 20} MB")
+    require(answer.startswith(b"="), f"chat template: {answer[1:-1].decode()}")
+    return answer[1:-1].decode()
 
 
 def attempt(act: Callable[[], str]) -> bytes:
-    """ "=" and what act returns, or "!" and why it does not."""
+    """ "=" and what act returns, or "!" and why it does not; then a full stop."""
     try:
         text = act()
-        require(len(text) <= MAX_JSON, f"writes more than {MAX_JSON} characters")
-        return b"=" + text.encode()
+        require(len(text) <= MAX_TEXT, f"writes more than {MAX_TEXT} characters")
+        return b"=" + text.encode() + b"."
     except MemoryError:
-        return b"!takes too much memory"
+        return b"!takes too much memory."
     except Exception as error:  # jinja2's, and whatever an operation of the template raises
         kind, reason = type(error).__name__, str(error).strip().split("\n")[0]
-        return f"!{kind}: {reason!a:.120}".encode()
+        return f"!{kind}: {reason!a:.120}.".encode()
 
 
 def set_limits() -> None:

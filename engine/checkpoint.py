@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +25,16 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WRAPPERS = {  # what prefixes names, and what saves the model without it
     "_orig_mod.": "model._orig_mod.save_pretrained(FOLDER)",
     "module.": "model.module.save_pretrained(FOLDER)",
+    "_forward_module.": "model.module.save_pretrained(FOLDER)",
+    "_fsdp_wrapped_module.": "take the full state dict",
     "base_model.model.": "model.merge_and_unload().save_pretrained(FOLDER)",
 }
-WRAPPED = re.compile(rf"(^|\.)({'|'.join(map(re.escape, WRAPPERS))})")
-ROTARY = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a table that
-# older versions saved, and every model computes
+WRAPPED = re.compile(rf"(?:^|(?<=\.))({'|'.join(map(re.escape, WRAPPERS))})")
+OURS = ("embed_tokens.", "layers.", "norm.")  # what names begin with, after "model."
+BUFFER = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # older versions saved it
+ABSENT = re.compile(
+    rf"{BUFFER}|lm_head\.weight|(model\.)?embed_tokens\.weight"
+)  # one of a tied pair
 MAX_JSON = 10 * 2**20
 
 
@@ -100,14 +105,18 @@ def read_config(folder: Path) -> GraniteMoeConfig:
     """config.json, with the end tokens of generation_config.json where that names some."""
     file, sampling = folder / "config.json", folder / "generation_config.json"
     with naming(adapter := folder / "adapter_config.json"):
-        advice = "merge it into its base model: model.merge_and_unload().save_pretrained(FOLDER)"
-        require(not adapter.exists(), f"this is an adapter, not a model; {advice}")
+        advice = "merge it: model.merge_and_unload().save_pretrained(FOLDER)"
+        require(not adapter.exists(), f"an adapter, no model; {advice}")
     with naming(file):
         config = GraniteMoeConfig.from_dict(read_json(file))
     if sampling.exists():
         with naming(sampling):
             ends = read_json(sampling).get("eos_token_id")
-            config = config if ends in (None, []) else replace(config, eos_token_id=ends)
+            if isinstance(ends, int | list):  # an id that the model lacks ends nothing
+                ends = ends if isinstance(ends, list) else [ends]
+                possible = [i for i in ends if type(i) is not int or 0 <= i < config.vocab_size]
+                ends = possible if ends else None
+            config = config if ends is None else replace(config, eos_token_id=ends)
     return config
 
 
@@ -150,8 +159,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         for name, entry in header.items():
             good = isinstance(entry, dict) and isinstance(entry.get("shape"), list)
             require(good, f"{name!a:.80}: not a tensor's entry")
-        entries = header.items()
-        return {n: Stored(path, n, str(e.get("dtype")), tuple(e["shape"])) for n, e in entries}
+            header[name] = Stored(path, name, str(entry.get("dtype")), tuple(entry["shape"]))
+        return header
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
@@ -164,7 +173,9 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
             advice = "pickle is not supported, since it can run code; convert to safetensors"
             require(single.exists() or not pickles, advice)
             require(single.exists(), f"neither {single.name} nor {index.name} is there")
-            return by_released_name(read_header(single))
+            with naming(single):
+                refuse_wrapped(stored := read_header(single))
+            return by_released_name(stored)
     weight_map = read_json(index).get("weight_map")
     with naming(index):
         good = isinstance(weight_map, dict) and weight_map
@@ -172,30 +183,36 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
         for name, shard in weight_map.items():
             good = isinstance(shard, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", shard)
             require(good, f"{name!a:.60}: must be a plain *.safetensors name, got {shard!a:.60}")
-        needed = {s for n, s in weight_map.items() if n != HEAD or (folder / s).exists()}
-        headers = {shard: read_header(folder / shard) for shard in sorted(needed)}
+        refuse_wrapped(weight_map)
+        spare = {shard for name, shard in weight_map.items() if ABSENT.fullmatch(name)}
+        spare -= {shard for name, shard in weight_map.items() if not ABSENT.fullmatch(name)}
+        shards = {s for s in weight_map.values() if s not in spare or (folder / s).exists()}
+        headers = {shard: read_header(folder / shard) for shard in sorted(shards)}
         found = {name: headers.get(shard, {}).get(name) for name, shard in weight_map.items()}
-        if found.get(HEAD, "") is None:  # of a tied pair only the embedding was saved
-            del found[HEAD]
-        for name in found:
-            require(found[name], f"{name!a:.60}: is not in {weight_map[name]!a:.60}")
-    return by_released_name(found)
+        for name, tensor in found.items():
+            good = tensor or ABSENT.fullmatch(name)
+            require(good, f"{name!a:.60}: is not in {weight_map[name]!a:.60}")
+    return by_released_name({name: tensor for name, tensor in found.items() if tensor})
+
+
+def refuse_wrapped(names: Iterable[str]) -> None:
+    """Raises ValueError where a wrapper's prefix is in the names of what this model has."""
+    for name in names:
+        if found := WRAPPED.search(name):
+            own = WRAPPED.sub("", name).removeprefix("model.")
+            advice = f"names with {found[1]!r}, a wrapper's; without: {WRAPPERS[found[1]]}"
+            require(not own.startswith((*OURS, "lm_head.")), advice)
 
 
 def by_released_name(stored: dict[str, Stored]) -> dict[str, Stored]:
     """The same tensors under the names of the released files, without what no model reads."""
-    wrapped = [(found[2], t) for n, t in stored.items() if (found := WRAPPED.search(n))]
-    if len(wrapped) > len(stored) / 2:
-        wrapper, tensor = wrapped[0]
-        with naming(tensor.path):
-            raise ValueError(f"names begin with {wrapper!r}; save without: {WRAPPERS[wrapper]}")
     tensors: dict[str, Stored] = {}
     for name, tensor in stored.items():
-        if name.endswith("rotary_emb.inv_freq") and ROTARY.fullmatch(name):
+        if re.fullmatch(BUFFER, name):  # which every model computes
             continue
         prefix, marker, tail = name.partition(".block_sparse_moe.")
         released = prefix + marker + SPELLINGS[tail] if tail in SPELLINGS else name
-        if released.startswith(("embed_tokens.", "layers.", "norm.")):  # saved through AutoModel
+        if released.startswith(OURS):  # saved through AutoModel
             released = "model." + released
         if released in tensors:
             with naming(tensor.path):
@@ -228,7 +245,7 @@ def empty_model(
 def match_tensors(folder: Path, stored: dict[str, Stored], model: GraniteMoeForCausalLM) -> None:
     """Compare what is stored with what the model needs, before anything is allocated.
 
-    A tied head may be stored beside the embedding, or instead of it: then it takes its name.
+    A tied head may be stored beside the embedding or, under the head's name, in its place.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     allowed = dict(expected)

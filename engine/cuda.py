@@ -37,7 +37,7 @@ class FixedCache(KVCache):
     Such a step is of one token a row, and needs an attention_mask over the capacity.
     """
 
-    length = property(lambda self: self.max_length - 1, lambda self, length: None)  # before a step
+    length = property(lambda self: self.max_length - 1, lambda self, length: None)  # all count
 
     def __init__(self, cache: KVCache, at: Tensor) -> None:
         self.keys, self.values, self.ids, self.at = cache.keys, cache.values, cache.ids, at

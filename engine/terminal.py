@@ -80,7 +80,7 @@ def decode_prompt(raw: bytes) -> str:
 
 def read_prompts(prompts: list[str], piped: bool) -> list[str]:
     """Prompts as typed, or standard input for -; without any, what is piped in, if it is wanted."""
-    if sys.stdin is None and "-" in prompts:
+    if sys.stdin is None and ("-" in prompts or not (prompts or piped)):
         raise ValueError("PROMPT: standard input is closed")
     texts = [
         decode_prompt(p.encode(errors="surrogateescape") if p != "-" else sys.stdin.buffer.read())

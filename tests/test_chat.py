@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from changes import NESTED, assert_refused, device, edit, instead, put
 from conftest import END, ROLE_END, START, command, forked, problem, rss, tokenizer
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from engine import chat
@@ -179,9 +179,34 @@ def test_a_template_may_cut_what_stands_in(folder):
     template = "{{ messages[0].content[3:12] }}|{{ messages[0].content | length }}<|end_of_text|>"
     put("chat_template.jinja", template.encode())(folder)
     tok = load_tokenizer(folder)
-    text = f"\U000f0000{START}"  # which is among the characters that would stand in
-    ids = load_chat_template(folder, tok)([("user", text)])
-    assert tok.decode(ids, skip_special_tokens=False) == f"{text[3:12]}|{len(text)}{END}"
+    for text in (f"ab{START}", f"ab\U000f0000\U000f0001{START}"):  # which would stand in
+        ids = load_chat_template(folder, tok)([("user", text)])
+        assert tok.decode(ids, skip_special_tokens=False) == f"{text[3:12]}|{len(text)}{END}"
+
+
+def test_what_is_added_and_not_special(folder, theirs):
+    """Is as in transformers: in the template, and in a message, in which the template may look."""
+    theirs.add_tokens(["<think>", "</think>"])
+    theirs.chat_template = (
+        "{# <think> #}{% for m in messages %}{{ m.content.split('</think>')[-1] }}"
+        "{% if '<think>' in m.content %}{{ '<think>' }}{% endif %}<|end_of_text|>{% endfor %}<think>"
+    )
+    theirs.save_pretrained(folder)
+    edit("config.json", lambda c: c.update(vocab_size=320))(folder)
+    ours = load_chat_template(folder, load_tokenizer(folder))
+    for text in ("<think>a b</think>c", "what is </think>?", "plain"):
+        assert ours([("user", text)]) == expected(theirs, [("user", text)])
+
+
+def test_a_token_that_takes_white_space_along(folder, theirs):
+    """Only the token's own characters are hidden from the template, which may trim the others."""
+    added = AddedToken("<|x|>", special=True, lstrip=True, rstrip=True)
+    theirs.add_special_tokens({"additional_special_tokens": [added]})
+    theirs.chat_template = "{{ messages[0].content | trim }}<|end_of_text|>"
+    theirs.save_pretrained(folder)
+    tok = load_tokenizer(folder)
+    ids = load_chat_template(folder, tok)([("user", "a <|x|>  \n ")])
+    assert tok.decode(ids, skip_special_tokens=False) == f"a <|x|>{END}"
 
 
 @pytest.mark.parametrize("old, new, words", (
@@ -229,7 +254,8 @@ HOSTILE = {  # templates, and what the one line must say
     "doubled": ("{% set n = namespace(x='x' * 99) %}{% for i in range(50) %}"
                 "{% set n.x = n.x ~ n.x %}{% endfor %}", "memory"),
     "a range": ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError"),
-    "10 MB": ("{{ 'x' * 11000000 }}", "more than 10485760"),
+    "2 MB": ("{{ 'x' * 2000000 }}", "more than 1048576"),
+    "2 MB of template": ("x" * 2**21, "larger than 1048576"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "nested": ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "RecursionError"),
 }  # fmt: skip
@@ -257,7 +283,7 @@ def test_a_template_without_an_end(folder, monkeypatch):
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     put("chat_template.jinja", loops.encode())(folder)
     ours, began = load_chat_template(folder, load_tokenizer(folder)), time.monotonic()
-    with pytest.raises(CheckpointError, match="chat_template.jinja.*took more than 1 s"):
+    with pytest.raises(CheckpointError, match="chat_template.jinja.*took more than 1 s or"):
         ours([("user", "hi")])
     assert time.monotonic() - began >= 0.9
     with pytest.raises(ChildProcessError):

@@ -166,7 +166,8 @@ def test_each_turn_of_a_conversation_has_its_seed(folder, monkeypatch, capsys):
     m.content if loop.last else m.content | upper) + '<|end_of_text|>' }}{% endfor %}>""",
     ),
 )
-@pytest.mark.parametrize("options", ([], ["--system", "be brief"], ["--stop", "e"]), ids=str)
+@pytest.mark.parametrize("options", (
+    [], ["--system", "be brief"], ["--system", ""], ["--stop", "e"]), ids=str)  # fmt: skip
 def test_a_conversation_is_one_long_prompt(template, options, folder, monkeypatch, capsys):
     """At each turn, what is held and what is read are the messages so far, and no token more is
     read than has to be: a template may rewrite what was said, and then that is read again."""
@@ -189,7 +190,7 @@ def test_a_conversation_is_one_long_prompt(template, options, folder, monkeypatc
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
     assert generate.main() == 0 and len(turns) == 3
     replies, whole, before = capsys.readouterr().out.split("\n"), [], 0
-    messages = [("system", "be brief")] if "--system" in options else []
+    messages = [("system", options[1])] if "--system" in options else []
     for (held, read, made), message, reply in zip(turns, said, replies, strict=False):
         messages.append(("user", message))
         assert held + read == chat(messages) and held == os.path.commonprefix(
@@ -356,9 +357,11 @@ def test_closed_errors(speaker, tmp_path):
 
 
 def test_closed_input(speaker):
-    status, out, err = run("--model", speaker, "-", **closing(0))
-    assert (status, out) == (2, "")
-    assert_error(err, "PROMPT", "standard input")
+    for args in (("-",), ("--chat",)):
+        status, out, err = run("--model", speaker, *args, **closing(0))
+        assert (status, out) == (2, "")
+        assert_error(err, "PROMPT", "standard input")
+    assert run("--model", speaker, "--max-new-tokens", "0", **closing(0))[0] == 0
 
 
 # ------------------------------------------------------------------------------------------ faults
@@ -446,6 +449,7 @@ USAGE = {  # what is wrong: the arguments, words of the error
     "dtype int8": (["--dtype", "int8"], "--dtype int8"),
     "empty stop": (["--stop", ""], "--stop"),
     "system without chat": (["--system", "x", "y"], "--system --chat"),
+    "system not UTF-8": (["--chat", "--system", "a\udcff", "b"], "--system UTF-8"),
     "chat with two": (["--chat", "a", "b"], "--chat"),
     "chat with ids": (["--chat", "--raw-ids", "5"], "--chat --raw-ids"),
     "ids -1": (["--raw-ids", "5 -1"], "--raw-ids"),

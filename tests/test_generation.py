@@ -158,6 +158,19 @@ def test_a_mask_may_have_holes(model):
     assert torch.allclose(holed, model(TWO[:1, [0, 2]]).logits[0, 1], atol=1e-5)
 
 
+def test_compiled_as_a_whole(model):
+    """A graph cannot ask whether a row's positions start anew."""
+    inputs = {"attention_mask": ONES, "position_ids": ONES.cumsum(1) - 1}
+    forward = torch.compile(model.model, fullgraph=True, backend="eager")
+    model.model.config.experts_backend = "gathered"
+    try:
+        with torch.no_grad():
+            whole = forward(TWO, **inputs)[0]
+            assert torch.allclose(whole, model.model(TWO, **inputs)[0], atol=1e-5)
+    finally:
+        model.model.config.experts_backend = "runs"
+
+
 def test_padding_may_have_any_position(model):
     """It starts nothing anew, on either side."""
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
