@@ -27,7 +27,7 @@ from lessons import balance, ladder, routing, score, sparsity, walkthrough  # no
 
 L, E, K = 2, 5, 3  # of the checkpoint
 TEXT = "the theory (first):\n    is in the string  # größer, 2 < 3\n"
-SCRIPTS = ("balance", "ladder", "routing", "score", "sparsity", "walkthrough")
+SCRIPTS = ("ablate", "balance", "ladder", "routing", "score", "sparsity", "walkthrough")
 
 
 def random_ids(count: int) -> list[int]:
