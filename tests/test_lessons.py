@@ -376,6 +376,7 @@ def test_page_fits(width, experts, tab):
     """The page itself never scrolls sideways; what is too wide does so in its own box."""
     page = tab(make_page([f"token{n}" for n in range(300)], experts), width)
     assert page.value("innerWidth") == width
+    assert page.value("$('text').clientWidth") > 300
     assert page.value("document.documentElement.scrollWidth") == width
     assert page.value(
         "[...document.querySelectorAll('main *')].every((node) => node.closest('.scroll')"
@@ -383,8 +384,9 @@ def test_page_fits(width, experts, tab):
     )
 
 
-ACTIVE = "((a) => [a.id, a.getAttribute('aria-label'), a.matches(':focus-visible')].join())"
-ACTIVE += "(document.activeElement)"
+ACTIVE = """((a) => [a.id, a.getAttribute('aria-label'),
+  getComputedStyle(a).outlineStyle === 'solid' && getComputedStyle(a).outlineWidth === '2px'
+].join())(document.activeElement)"""
 
 
 @in_browser
@@ -447,11 +449,13 @@ def test_page_in_a_browser(run, folder, tmp_path):
 
 @in_browser
 @pytest.mark.parametrize("scheme", (0, 1), ids=("dark", "light"))
-def test_text_is_readable(scheme, tmp_path):
+@pytest.mark.parametrize("dim", (False, True), ids=("all", "one expert"))
+def test_text_is_readable(scheme, dim, tmp_path):
     """Dark on light or light on dark as the reader prefers, and each text has a contrast of 4.5 or
     more to all that it stands on, in colours that the browser computed."""
     page = make_page([f"t{n}" for n in range(90)], experts=40)
-    page = page.replace("</body>", f"<script>{{{CONTRASTS}}}</script></body>")
+    act = "showExpert(1, true);" if dim else ""
+    page = page.replace("</body>", f"<script>{{{act}{CONTRASTS}}}</script></body>")
     shown = browse(tmp_path, page, f"--blink-settings=preferredColorScheme={scheme}", "--dump-dom")
     seen = json.loads(re.search(r"<body>(.*)</body>", shown, re.DOTALL)[1])
     assert (seen["page"] > 0.5) == (scheme == 1) and len(seen["found"]) > 200
