@@ -28,7 +28,7 @@ LINK = re.compile(r"(\[`(\w+)[^`]*`\]\(\.\./granitemoe\.py#L)\d+\)")
 SHOT = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--hide-scrollbars", "--window-size=1200,1330",
+    "--hide-scrollbars", "--window-size=1200,1690", "--run-all-compositor-stages-before-draw",
 ]  # fmt: skip
 
 

@@ -100,6 +100,17 @@ def test_swapped_experts_are_swapped_matrices(model, tmp_path):
     assert torch.equal(found, changed_scores(model, swap_experts="1:3:0"))
 
 
+def test_numbers_of_experts_mean_nothing(model, tmp_path):
+    """Matrices and rows of the router exchanged together: the same model."""
+
+    def edit(tensors):
+        for name in (*EXPERTS, "router.layer.weight"):
+            tensor = tensors[f"model.layers.1.block_sparse_moe.{name}"]
+            tensor[[0, 3]] = tensor[[3, 0]]
+
+    torch.testing.assert_close(scores(edited(tmp_path, edit)), scores(model))
+
+
 def test_swapping_twice_is_no_change(model):
     args = argparse.Namespace(**NOTHING | {"swap_experts": "0:1:4"})
     with ablate.broken(model, args) as once, ablate.broken(once, args) as twice:

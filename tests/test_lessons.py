@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import importlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT / "lessons"))
 
 from common import pieces  # noqa: E402
 
-from lessons import balance, ladder, routing, score, sparsity, walkthrough  # noqa: E402
+from lessons import balance, ladder, quotes, routing, score, sparsity, walkthrough  # noqa: E402
 
 L, E, K = 2, 5, 3  # of the checkpoint
 TEXT = "the theory (first):\n    is in the string  # größer, 2 < 3\n"
@@ -64,31 +65,85 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode == 1 and re.fullmatch(r"score\.py: error: .*no such.*\n", done.stderr)
 
 
-QUOTED = (  # of README.md: what takes no timing, and no training but that of tiny/
-    (walkthrough, "def __init__(self"), (routing, "def add(a, b):", "--max-new-tokens", "12"),
-    (sparsity,), (score, "lessons/common.py"),
-)  # fmt: skip
 NUMBER = re.compile(r"\d[\d,]*\.?\d*")
+COURSE = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
+ANEW = "a quote is old; run: python lessons/quotes.py"
 
 
-@pytest.mark.parametrize(
-    "lesson, arguments", [(q[0], q[1:]) for q in QUOTED], ids=lambda x: str(x)[:9]
-)
-def test_quoted_outputs_are_real(lesson, arguments, run, monkeypatch):
+@pytest.mark.parametrize("line, shown", [quote[:2] for quote in quotes.find_quotes(COURSE)])
+def test_quoted_outputs_are_real(line, shown, run, monkeypatch, tmp_path):
     """Line for line, up to rounding, which another processor may do otherwise."""
     monkeypatch.chdir(ROOT)
-    course = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8").splitlines()
-    printed = run(lesson, *arguments).rstrip().splitlines()
-    name = f"python lessons/{lesson.__name__.rpartition('.')[2]}.py"
-    command = next(n for n, line in enumerate(course) if line.startswith(f"$ {name}"))
-    start = next(n for n in range(command + 1, len(course)) if course[n] not in ("```", ""))
-    after = course[start + len(printed)]
-    assert after in ("```", ""), f"quoted, but not printed: {after}"
-    for shown, line in zip(course[start : start + len(printed)], printed, strict=True):
-        assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", line).split()
-        numbers = (NUMBER.findall(x.replace(",", "")) for x in (shown, line))
-        for a, b in zip(*numbers, strict=True):
-            assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), line
+    plain, _, pipe = line.partition(" | ")
+    _, script, *arguments = shlex.split(plain.replace("/tmp/", f"{tmp_path}/"))
+    if "balance" in script:  # the second log is a training of its own
+        pytest.importorskip("matplotlib")
+        arguments = [x for x in arguments if not x.startswith("unbalanced=")]
+        shown = shown.splitlines()[0]
+    printed = run(importlib.import_module(f"lessons.{Path(script).stem}"), *arguments)
+    lines = printed.replace(f"{tmp_path}/", "/tmp/").rstrip().splitlines()
+    lines = lines[: int(pipe.removeprefix("head -"))] if pipe.startswith("head") else lines
+    assert len(lines) == len(shown.splitlines()), ANEW
+    for old, new in zip(shown.splitlines(), lines, strict=True):
+        assert NUMBER.sub("#", old).split() == NUMBER.sub("#", new).split(), ANEW
+        numbers = (NUMBER.findall(x.replace(",", "")) for x in (old, new))
+        for x, y in zip(*numbers, strict=True):
+            assert float(x) == pytest.approx(float(y), rel=0.02, abs=0.02), ANEW
+
+
+@pytest.mark.parametrize("page", quotes.PAGES, ids=lambda page: page.parent.name)
+def test_tables_and_links_are_real(page):
+    text = page.read_text(encoding="utf-8")
+    assert quotes.renew(text) == text, ANEW
+    if page.parent.name == "tiny":
+        assert [text.count(f"<!-- {name} -->") for name in quotes.tables()] == [2, 2]
+
+
+def test_each_step_of_the_course_is_whole():
+    """What to write down, what one can say afterwards, a folded answer, links to the model."""
+    steps = re.split(r"^## (?=\d)", COURSE, flags=re.MULTILINE)[1:]
+    assert [step.splitlines()[0] for step in steps] == [
+        "1. See it", "2. Follow one token", "3. Break it", "4. Build it", "5. Train it",
+        "6. Measure it",
+    ]  # fmt: skip
+    for step in steps[:3] + steps[4:]:
+        assert step.count("**Afterwards you can say**") == 1 <= step.count("**Write down first.**")
+        assert step.count("<details><summary>Question: ") == step.count("</details>") == 1
+        assert quotes.LINK.search(step) and "\n$ python " in step
+
+
+def test_quotes_are_made_anew(monkeypatch, tmp_path, capsys):
+    """Each in its place, whatever their lengths; other text, and quotes that cannot be, stay."""
+    page = tmp_path / "README.md"
+    before = (
+        "Text.\n\n```console\n$ pip install x && python a.py\nold\n\nold\n$ pytest\n1 passed\n```\n"
+        "\n```console\n$ python quiet.py\n$ python b.py | cat\nold 1.5 s\n```\n\nText.\n"
+        "\n```console\n$ python table.py\n```\n\n| old |\n| --- |\n\nText.\n"
+        "\n```console\n$ python fails.py\nkept\n```\n[`Router`](../granitemoe.py#L1)\n"
+    )
+    made = {
+        "python a.py": "new\n", "python b.py | cat": "old 2.5 s\n", "python fails.py": None,
+        "python table.py": "| new |\n| --- |\n| row |\n",
+    }  # fmt: skip
+    page.write_text(before)
+    monkeypatch.setattr(quotes, "PAGES", [page])
+    monkeypatch.setattr(quotes, "run", made.__getitem__)
+    root = tmp_path.parent
+    monkeypatch.setattr(quotes, "renew", lambda text: text.replace("#L1", "#L2"))
+    monkeypatch.setattr(quotes, "ROOT", root)
+    quotes.main()
+    after = before.replace("old\n\nold\n", "new\n").replace("#L1", "#L2")
+    assert page.read_text() == after.replace("| old |\n| --- |\n", made["python table.py"])
+    assert "made anew" in capsys.readouterr().out
+    monkeypatch.setattr(quotes, "renew", lambda text: text)
+    quotes.main()
+    assert "as before" in capsys.readouterr().out
+
+
+def test_commands_of_quotes_run(capsys):
+    assert quotes.run("python -c 'print(1)' | cat") == "1\n"
+    assert quotes.run("python -c 'raise SystemExit(\"no log\")'") is None
+    assert "left as it was: python -c" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- routing.py
@@ -623,8 +678,8 @@ def test_the_ladder_counts():
 
 
 def test_quoted_counts_of_the_ladder_are_real():
-    course = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(experts_\w+)` \| (\d+) \((\d+)\) \| (\d+) \| (\d+) \|", course, re.M)
+    row = r"^\| `(experts_\w+)` \| (\d+) \((\d+)\) \| (\d+) \| (\d+) \|"
+    rows = re.findall(row, COURSE, re.MULTILINE)
     assert [row[0] for row in rows] == list(ladder.FORMS)
     inputs = ladder.make_inputs(ladder.COUNTED, ladder.SIZES, torch.float32)
     for name, *quoted in rows:
