@@ -15,7 +15,7 @@ import csv
 import math
 from pathlib import Path
 
-from common import command
+from common import command, new_figure
 
 Log = dict[str, list[float]]
 PANELS = {
@@ -40,11 +40,7 @@ def read_log(path: Path, limit: float) -> Log:
 
 def draw(logs: dict[str, Log], out: Path) -> None:
     """A panel for each of PANELS, side by side. Raises ValueError where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("drawing needs matplotlib; run: pip install matplotlib") from None
-    figure = Figure(figsize=(10, 3.2), layout="constrained", facecolor="white")
+    figure = new_figure(figsize=(10, 3.2))
     for axes, (column, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for i, (name, log) in enumerate(logs.items()):
             if column == "held_out_loss" or min(log["min_share"]) < 1:  # one expert has no choice

@@ -1,8 +1,9 @@
 """What the lessons share. Imported first, it makes granitemoe.py and generate.py importable."""
 
+import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torch import nn  # noqa: E402
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from tokenizers import Tokenizer
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -41,6 +43,29 @@ def watch(modules: Iterable[nn.Module]) -> Iterator[list[tuple]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def new_figure(**options) -> "Figure":
+    """An empty picture. Raises ValueError where matplotlib is missing."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("drawing needs matplotlib; run: pip install matplotlib") from None
+    matplotlib.rcParams["svg.hashsalt"] = "lessons"  # the same picture, the same file
+    return Figure(layout="constrained", facecolor="white", **options)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def command(main: Callable[[], None]) -> None:

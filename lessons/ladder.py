@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from common import command
+from common import command, markdown
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -115,8 +115,8 @@ def speed(form: Callable[..., Tensor], inputs: tuple[Tensor, ...], seconds: floa
 def table(sizes: dict[str, int], tokens: list[int], dtype: torch.dtype, seconds: float) -> str:
     """The markdown table, a row for each form."""
     columns = ["form", "lines", "products", "waits", "temporary a token"]
-    rows = [[*columns, *(f"tokens/s at {N}" for N in tokens)]]
-    rows.append(["---"] * len(rows[0]))
+    columns += [f"tokens/s at {N}" for N in tokens]
+    rows = []
     for name in FORMS:
         form, lines = getattr(granitemoe, name), count_lines(name)
         products, waits, held = count(form, make_inputs(COUNTED, sizes, dtype))
@@ -128,7 +128,7 @@ def table(sizes: dict[str, int], tokens: list[int], dtype: torch.dtype, seconds:
             for N in tokens
         )
         rows.append([*cells, f"{held / 1e3:,.0f} kB", *speeds])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(columns, rows)
 
 
 def main() -> None:

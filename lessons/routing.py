@@ -2,7 +2,8 @@
 
     python lessons/routing.py "def add(a, b):"                       in colours
     python lessons/routing.py "def add(a, b):" | cat                 with experts' numbers instead
-    python lessons/routing.py "def add(a, b):" --html routing.html   one page, without network
+    python lessons/routing.py --file generate.py                     the load of a long text
+    python lessons/routing.py --file generate.py --html page.html    one page, without network
 
 The model is not touched: forward hooks on its routers write down what they return. A layer's
 experts are its own, so expert 3 of one layer has nothing to do with expert 3 of the next. Colours
@@ -14,19 +15,21 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from common import command, pieces, watch
+from common import Parser, command, pieces, watch
 from torch import Tensor
 
-from generate import TINY, generate, load_model, load_tokenizer
+from generate import TINY, encode, generate, load_model, load_tokenizer
 from granitemoe import GraniteMoeForCausalLM
 
 TEMPLATE = Path(__file__).with_name("routing.html")
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BARS = " ▁▂▃▄▅▆▇█"
+LONGEST = 4000  # tokens of a file; a page holds them all
 
 
 class Routing(NamedTuple):
@@ -52,13 +55,29 @@ def balance(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def record(model: GraniteMoeForCausalLM, ids: list[int]) -> Routing:
-    """One forward over ids (N of them), with a hook on each layer's router."""
-    with watch(layer.block_sparse_moe.router for layer in model.model.layers) as calls:
-        model(torch.tensor([ids]), logits_to_keep=1)
-    weights, expert_ids = (torch.stack([output[i] for _, output in calls]) for i in (1, 2))
-    E = model.config.num_local_experts
+    """Forwards over ids (N of them), in windows of the context, with a hook on each router."""
+    E, made = model.config.num_local_experts, []
+    for window in torch.tensor([ids]).split(model.config.max_position_embeddings, dim=1):
+        with watch(layer.block_sparse_moe.router for layer in model.model.layers) as calls:
+            model(window, logits_to_keep=1)
+        made.append([torch.stack([output[i] for _, output in calls]) for i in (1, 2)])
+    weights, expert_ids = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
     counts = torch.stack([layer.flatten().bincount(minlength=E) for layer in expert_ids])
     return Routing(weights.float(), expert_ids, counts, *balance(counts))
+
+
+def usual(expert_ids: Tensor, ids: list[int]) -> list[float]:
+    """For each layer of (L, N, K): of the tokens that come more than once, the share whose first
+    expert is the one that the same token has most often."""
+    shares, times = [], Counter(ids)
+    for firsts in expert_ids[:, :, 0].tolist():
+        most: dict[int, int] = {}
+        for (token, _), count in Counter(zip(ids, firsts, strict=True)).items():
+            if times[token] > 1:
+                most[token] = max(count, most.get(token, 0))
+        repeated = sum(times[token] for token in most)
+        shares.append(sum(most.values()) / repeated if repeated else math.nan)
+    return shares
 
 
 def palette(E: int) -> list[int]:
@@ -100,53 +119,78 @@ def show(
     return [*lines, "", text, "", *show_load(routing)]
 
 
-def show_load(routing: Routing) -> list[str]:
+def show_load(routing: Routing, same: list[float] | None = None) -> list[str]:
     """A line for each layer: a bar an expert, 8 eighths being twice the mean, and the balance."""
     E = routing.counts.shape[1]
     wide = E <= 16  # room for percentages beside the bars
     head = "".join(f"{e:>6d}" for e in range(E)) if wide else f"{f'experts 0 to {E - 1}':<{E}}"
     lines = [f"load, layer {head}   max/mean  entropy of {math.log2(E):.2f} bits"]
+    lines[0] += "  same" if same else ""
     for i, row in enumerate((routing.counts / routing.counts.sum(dim=1, keepdim=True)).tolist()):
         bars = [BARS[min(8, math.ceil(share * E * 4))] for share in row]
         cells = [f"{s:4.0%} {b}" if wide else b for s, b in zip(row, bars, strict=True)]
         figures = f"{routing.peak[i]:8.2f}  {routing.entropy[i]:7.2f}"
+        figures += f"{'':13}{same[i]:5.0%}" if same else ""
         lines.append(f"{i:11d} {''.join(cells)}   {figures}")
     return lines
 
 
-def page(title: str, tokens: list[str], prompt: int, routing: Routing, layer: int) -> str:
-    """The same as one HTML page, which builds itself from data. Whatever a token holds is text
-    there: it enters the page inside a JSON string without a <, and is only ever set as text."""
-    fields = {"weights": 3, "expert_ids": 0, "counts": 0, "peak": 2, "entropy": 2}  # decimals
-    data = {"title": title, "tokens": tokens, "prompt": prompt, "layer": layer}
-    for name, decimals in fields.items():
+def page(title: str, tokens: list[str], prompt: int, routing: Routing, start: dict) -> str:
+    """One HTML page, which builds itself from data; start: the layer shown, and the window.
+
+    Whatever a token holds is text there: it enters the page inside a JSON string without a <, and
+    is only ever set as text. Of choices and weights (in hundredths), N * K a layer, each is one
+    character: long texts stay small."""
+    data = {"title": title, "tokens": tokens, "prompt": prompt, **start}
+    for name, decimals in {"counts": 0, "peak": 2, "entropy": 2}.items():
         data[name] = getattr(routing, name).double().round(decimals=decimals).tolist()
-    raw = json.dumps(data).replace("<", "\\u003c")
+    hundredths = (routing.weights * 100).round().long()
+    for name, numbers in {"expert_ids": routing.expert_ids, "weights": hundredths}.items():
+        data[name] = ["".join(chr(61 + n) for n in row.flatten().tolist()) for row in numbers]
+    raw = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", raw)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Show where each token is sent.")
+def read_args() -> argparse.Namespace:
+    parser = Parser(description="Show where each token is sent.")
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("text", nargs="?", metavar="TEXT", help="a prompt to continue")
+    longest = f"a UTF-8 text, of which the first {LONGEST} tokens are read, instead"
+    one.add_argument("--file", type=Path, metavar="FILE", help=longest)
     add = parser.add_argument
-    add("text", metavar="TEXT", help="the prompt")
     add("--model", default=TINY, help="folder or hub id (default: tiny/)")
     add("--max-new-tokens", type=int, default=48, metavar="N", help="how much to generate (48)")
     add("--layer", type=int, default=0, metavar="I", help="the layer that gives the colours (0)")
-    add("--html", type=Path, metavar="FILE", help="write a page instead")
-    args = parser.parse_args()
+    add("--html", type=Path, metavar="OUT", help="write a page instead")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_args()
     exact = "float32" if args.model == TINY else None  # so that all machines print the same
     model, tokenizer = load_model(args.model, dtype=exact), load_tokenizer(args.model)
-    c, prompt = model.config, tokenizer.encode(args.text).ids
+    c, name, size = model.config, Path(args.model).name, model.config.vocab_size
     if not 0 <= args.layer < c.num_hidden_layers:
         raise ValueError(f"--layer: must be below {c.num_hidden_layers}, got {args.layer}")
-    steps = generate(model, [prompt], args.max_new_tokens, eos_token_ids=c.eos_token_id)
-    ids = prompt + [row[0] for row in steps]
+    if args.file:
+        text, made = args.file.read_bytes().decode(), []
+        prompt, name = encode(tokenizer, text, size)[:LONGEST], f"{name}, {args.file.name}"
+    else:
+        prompt = encode(tokenizer, args.text, size)
+        made = list(generate(model, [prompt], args.max_new_tokens, eos_token_ids=c.eos_token_id))
+    ids = prompt + [row[0] for row in made]
+    if not ids:
+        raise ValueError(f"{args.file}: has no token")
     routing, tokens = record(model, ids), pieces(tokenizer, ids)
-    name = Path(args.model).name
     if args.html:
-        made = page(name, tokens, len(prompt), routing, args.layer)
+        start = {"layer": args.layer, "window": c.max_position_embeddings}
+        made = page(name, tokens, len(prompt), routing, start)
         args.html.write_text(made, encoding="utf-8")
         return print(f"{args.html}: {len(ids)} tokens, {c.num_hidden_layers} layers")
+    if args.file:
+        print(f"{name}: {len(ids)} tokens. same: of the tokens that come more than once, how many")
+        print("have the first expert that the same token has most often\n")
+        return print(*show_load(routing, usual(routing.expert_ids, ids)), sep="\n")
     E, K, codes = c.num_local_experts, c.num_experts_per_tok, None
     if sys.stdout.isatty():
         codes = palette(E)

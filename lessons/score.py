@@ -14,13 +14,17 @@ end of the text before, as in training.
 import argparse
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from common import command, pieces
 from torch import Tensor
 
-from generate import TINY, load_model, load_tokenizer
-from granitemoe import GraniteMoeForCausalLM
+from generate import TINY, encode, load_model, load_tokenizer
+from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @torch.inference_mode()
@@ -44,6 +48,22 @@ def log_probs(model: GraniteMoeForCausalLM, ids: list[int], context: int, stride
     return torch.cat(scores)
 
 
+def default_window(config: GraniteMoeConfig) -> tuple[int, int]:
+    """The model's context, at most 2048, and half of it as the stride."""
+    context = min(2048, config.max_position_embeddings)
+    return context, max(1, context // 2)
+
+
+def read_ids(file: Path, tokenizer: "Tokenizer", config: GraniteMoeConfig) -> list[int]:
+    """The bos token, then the ids of a UTF-8 text. Raises ValueError."""
+    text, bos = file.read_bytes().decode(), config.bos_token_id
+    ids = encode(tokenizer, text, config.vocab_size)
+    if not ids or bos is None:
+        what = f"{file}: no token to score" if not ids else "the model has no bos_token_id"
+        raise ValueError(what)
+    return [bos, *ids]
+
+
 def summarise(scores: Tensor, text_bytes: int) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a text's log-probabilities."""
     loss = -scores.double().mean().item()
@@ -60,22 +80,20 @@ def main() -> None:
     add("--stride", type=int, metavar="N", help="default: half the context")
     add("--tokens", action="store_true", help="print each token's log-probability")
     args = parser.parse_args()
-    raw = args.file.read_bytes()
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    ids, bos = tokenizer.encode(raw.decode()).ids, model.config.bos_token_id
-    if not ids or bos is None:
-        what = f"{args.file}: no token to score" if not ids else "the model has no bos_token_id"
-        raise ValueError(what)
-    context = min(2048, model.config.max_position_embeddings)
-    context = context if args.context is None else args.context
-    stride = max(1, context // 2) if args.stride is None else args.stride
-    scores = log_probs(model, [bos, *ids], context, stride)
+    exact = "float32" if args.model == TINY else None  # so that all machines print the same
+    model, tokenizer = load_model(args.model, dtype=exact), load_tokenizer(args.model)
+    ids = read_ids(args.file, tokenizer, model.config)
+    context, stride = default_window(model.config)
+    if args.context is not None:
+        context, stride = args.context, max(1, args.context // 2)
+    stride = stride if args.stride is None else args.stride
+    scores, size = log_probs(model, ids, context, stride), args.file.stat().st_size
     if args.tokens:
-        for score, token in zip(scores.tolist(), pieces(tokenizer, ids), strict=True):
+        for score, token in zip(scores.tolist(), pieces(tokenizer, ids[1:]), strict=True):
             print(f"{score:9.4f}  {token!r}")
         return
-    print(f"{len(ids)} tokens, {len(raw)} bytes; context {context}, stride {stride}")
-    print(*(f"{name} {value:.4f}" for name, value in summarise(scores, len(raw)).items()), sep="  ")
+    print(f"{len(scores)} tokens, {size} bytes; context {context}, stride {stride}")
+    print(*(f"{name} {value:.4f}" for name, value in summarise(scores, size).items()), sep="  ")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from common import command
+from common import command, markdown
 
 from generate import TINY
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
@@ -58,7 +58,7 @@ def count(config: GraniteMoeConfig) -> dict[str, int]:
 
 def table(configs: dict[str, GraniteMoeConfig]) -> str:
     """A markdown table; parameters in millions, bytes in megabytes."""
-    rows = [COLUMNS, ["---"] * len(COLUMNS)]
+    rows = []
     for name, config in configs.items():
         n = count(config)
         total, active, inside, sparse, dense = (f"{x / 1e6:,.1f}" for x in n.values())
@@ -66,7 +66,7 @@ def table(configs: dict[str, GraniteMoeConfig]) -> str:
         dense += f" MB, {n['dense_bytes'] / n['bytes']:.1f} x"
         rows.append([name, experts, f"{total} M", f"{active} M", f"{inside} M", f"{sparse} MB"])
         rows[-1].append(dense)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(COLUMNS, rows)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 from common import command, pieces, watch
 from torch import Tensor
 
-from generate import TINY, load_model, load_tokenizer
+from generate import TINY, encode, load_model, load_tokenizer
 from granitemoe import GraniteMoeForCausalLM, experts_loop
 
 SHOWN_EXPERTS = 8
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: tiny/)")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model, dtype="float32"), load_tokenizer(args.model)
-    ids = tokenizer.encode(args.text).ids
+    ids = encode(tokenizer, args.text, model.config.vocab_size)
     if not ids:
         raise ValueError("TEXT: has no token")
     steps, logits = follow(model, ids)

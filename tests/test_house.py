@@ -151,10 +151,11 @@ def test_the_output_in_the_readme_is_real():
     line = [sys.executable, "generate.py"]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == [x for x in shown if not x.startswith("[")]
+    anew = "the README quotes another output; run: python lessons/quotes.py"
+    assert done.stdout.splitlines() == [x for x in shown if not x.startswith("[")], anew
     said = [re.sub(r"\d+\.\d+ s|[\d.]+ (tokens|GB)/s", "", x) for x in done.stderr.splitlines()]
     noted = [re.sub(r"\d+\.\d+ s|[\d.]+ (tokens|GB)/s", "", x) for x in shown if x[:1] == "["]
-    assert said == noted
+    assert said == noted, anew
     assert re.search(r"&& pytest\n\d+ passed.* in [\d.]+s", README)
 
 

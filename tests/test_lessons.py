@@ -2,9 +2,12 @@
 
 import dataclasses
 import html
+import importlib
 import json
 import math
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,11 +26,13 @@ sys.path.insert(0, str(ROOT / "lessons"))
 
 from common import pieces  # noqa: E402
 
-from lessons import balance, ladder, routing, score, sparsity, walkthrough  # noqa: E402
+from lessons import balance, ladder, quotes, routing, score, sparsity, walkthrough  # noqa: E402
 
 L, E, K = 2, 5, 3  # of the checkpoint
 TEXT = "the theory (first):\n    is in the string  # größer, 2 < 3\n"
-SCRIPTS = ("balance", "ladder", "puzzles", "routing", "score", "sparsity", "walkthrough")
+SCRIPTS = (
+    "ablate", "balance", "ladder", "puzzles", "routing", "score", "sparsity", "walkthrough",
+)  # fmt: skip
 
 
 def random_ids(count: int) -> list[int]:
@@ -62,31 +67,85 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode == 1 and re.fullmatch(r"score\.py: error: .*no such.*\n", done.stderr)
 
 
-QUOTED = (  # of README.md: what takes no timing, and no training but that of tiny/
-    (walkthrough, "def __init__(self"), (routing, "def add(a, b):", "--max-new-tokens", "12"),
-    (sparsity,), (score, "lessons/common.py"),
-)  # fmt: skip
 NUMBER = re.compile(r"\d[\d,]*\.?\d*")
+COURSE = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
+ANEW = "a quote is old; run: python lessons/quotes.py"
 
 
-@pytest.mark.parametrize(
-    "lesson, arguments", [(q[0], q[1:]) for q in QUOTED], ids=lambda x: str(x)[:9]
-)
-def test_quoted_outputs_are_real(lesson, arguments, run, monkeypatch):
+@pytest.mark.parametrize("line, shown", [quote[:2] for quote in quotes.find_quotes(COURSE)])
+def test_quoted_outputs_are_real(line, shown, run, monkeypatch, tmp_path):
     """Line for line, up to rounding, which another processor may do otherwise."""
     monkeypatch.chdir(ROOT)
-    course = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8").splitlines()
-    printed = run(lesson, *arguments).rstrip().splitlines()
-    name = f"python lessons/{lesson.__name__.rpartition('.')[2]}.py"
-    command = next(n for n, line in enumerate(course) if line.startswith(f"$ {name}"))
-    start = next(n for n in range(command + 1, len(course)) if course[n] not in ("```", ""))
-    after = course[start + len(printed)]
-    assert after in ("```", ""), f"quoted, but not printed: {after}"
-    for shown, line in zip(course[start : start + len(printed)], printed, strict=True):
-        assert NUMBER.sub("#", shown).split() == NUMBER.sub("#", line).split()
-        numbers = (NUMBER.findall(x.replace(",", "")) for x in (shown, line))
-        for a, b in zip(*numbers, strict=True):
-            assert float(a) == pytest.approx(float(b), rel=0.02, abs=0.02), line
+    plain, _, pipe = line.partition(" | ")
+    _, script, *arguments = shlex.split(plain.replace("/tmp/", f"{tmp_path}/"))
+    if "balance" in script:  # the second log is a training of its own
+        pytest.importorskip("matplotlib")
+        arguments = [x for x in arguments if not x.startswith("unbalanced=")]
+        shown = shown.splitlines()[0]
+    printed = run(importlib.import_module(f"lessons.{Path(script).stem}"), *arguments)
+    lines = printed.replace(f"{tmp_path}/", "/tmp/").rstrip().splitlines()
+    lines = lines[: int(pipe.removeprefix("head -"))] if pipe.startswith("head") else lines
+    assert len(lines) == len(shown.splitlines()), ANEW
+    for old, new in zip(shown.splitlines(), lines, strict=True):
+        assert NUMBER.sub("#", old).split() == NUMBER.sub("#", new).split(), ANEW
+        numbers = (NUMBER.findall(x.replace(",", "")) for x in (old, new))
+        for x, y in zip(*numbers, strict=True):
+            assert float(x) == pytest.approx(float(y), rel=0.02, abs=0.02), ANEW
+
+
+@pytest.mark.parametrize("page", quotes.PAGES, ids=lambda page: page.parent.name)
+def test_tables_and_links_are_real(page):
+    text = page.read_text(encoding="utf-8")
+    assert quotes.renew(text) == text, ANEW
+    if page.parent.name == "tiny":
+        assert [text.count(f"<!-- {name} -->") for name in quotes.tables()] == [2, 2]
+
+
+def test_each_step_of_the_course_is_whole():
+    """What to write down, what one can say afterwards, a folded answer, links to the model."""
+    steps = re.split(r"^## (?=\d)", COURSE, flags=re.MULTILINE)[1:]
+    assert [step.splitlines()[0] for step in steps] == [
+        "1. See it", "2. Follow one token", "3. Break it", "4. Build it", "5. Train it",
+        "6. Measure it",
+    ]  # fmt: skip
+    for step in steps:
+        assert step.count("**Afterwards you can say**") == 1 <= step.count("**Write down first.**")
+        assert step.count("<details><summary>Question: ") == step.count("</details>") == 1
+        assert quotes.LINK.search(step) and "\n$ python " in step
+
+
+def test_quotes_are_made_anew(monkeypatch, tmp_path, capsys):
+    """Each in its place, whatever their lengths; other text, and quotes that cannot be, stay."""
+    page = tmp_path / "README.md"
+    before = (
+        "Text.\n\n```console\n$ pip install x && python a.py\nold\n\nold\n$ pytest\n1 passed\n```\n"
+        "\n```console\n$ python quiet.py\n$ python b.py | cat\nold 1.5 s\n```\n\nText.\n"
+        "\n```console\n$ python table.py\n```\n\n| old |\n| --- |\n\nText.\n"
+        "\n```console\n$ python fails.py\nkept\n```\n[`Router`](../granitemoe.py#L1)\n"
+    )
+    made = {
+        "python a.py": "new\n", "python b.py | cat": "old 2.5 s\n", "python fails.py": None,
+        "python table.py": "| new |\n| --- |\n| row |\n",
+    }  # fmt: skip
+    page.write_text(before)
+    monkeypatch.setattr(quotes, "PAGES", [page])
+    monkeypatch.setattr(quotes, "run", made.__getitem__)
+    root = tmp_path.parent
+    monkeypatch.setattr(quotes, "renew", lambda text: text.replace("#L1", "#L2"))
+    monkeypatch.setattr(quotes, "ROOT", root)
+    quotes.main()
+    after = before.replace("old\n\nold\n", "new\n").replace("#L1", "#L2")
+    assert page.read_text() == after.replace("| old |\n| --- |\n", made["python table.py"])
+    assert "made anew" in capsys.readouterr().out
+    monkeypatch.setattr(quotes, "renew", lambda text: text)
+    quotes.main()
+    assert "as before" in capsys.readouterr().out
+
+
+def test_commands_of_quotes_run(capsys):
+    assert quotes.run("python -c 'print(1)' | cat") == "1\n"
+    assert quotes.run("python -c 'raise SystemExit(\"no log\")'") is None
+    assert "left as it was: python -c" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- routing.py
@@ -111,6 +170,44 @@ def test_counts_sum_to_n_times_k(model):
     assert found.counts.shape == (L, E)
     assert found.counts.sum(dim=1).tolist() == [40 * K] * L
     assert found.counts[1, 3] == sum(e == 3 for row in found.expert_ids[1].tolist() for e in row)
+
+
+def test_long_texts_are_read_in_windows(model):
+    ids = random_ids(64 + 64 + 9)  # the context is 64
+    found = routing.record(model, ids)
+    for start in (0, 64, 128):
+        part = routing.record(model, ids[start : start + 64])
+        assert torch.equal(found.expert_ids[:, start : start + 64], part.expert_ids)
+        torch.testing.assert_close(found.weights[:, start : start + 64], part.weights)
+    assert found.counts.sum(dim=1).tolist() == [137 * K] * L
+
+
+def test_same_first_expert_by_hand():
+    """Token 7 goes to 1, 1, 0; token 8 to 2, 2; token 9 comes once and does not count."""
+    ids, firsts = [7, 8, 7, 9, 8, 7], [1, 2, 0, 3, 2, 1]
+    expert_ids = torch.tensor([firsts, [0] * 6])[:, :, None]
+    assert routing.usual(expert_ids, ids) == [4 / 5, 1]
+    assert math.isnan(routing.usual(expert_ids[:, :1], [7])[0])
+
+
+def test_routing_of_a_file(run, folder, model, tmp_path):
+    text, out = TEXT * 9, tmp_path / "page.html"
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    ids = generate.load_tokenizer(folder).encode(text).ids
+    how = ("--file", tmp_path / "text.txt", "--model", folder)
+    printed = run(routing, *how)
+    assert f"text.txt: {len(ids)} tokens." in printed and "same" in printed
+    found = routing.record(model, ids)
+    shares = [f"{share:.0%}" for share in routing.usual(found.expert_ids, ids)]
+    assert re.findall(r"(\d+%)$", printed, re.MULTILINE) == shares
+    assert f"{len(ids)} tokens, {L} layers" in run(routing, *how, "--html", out)
+    assert len(json.loads(re.search(r'id="data">(.*?)<', out.read_text())[1])["tokens"]) == len(ids)
+    (tmp_path / "text.txt").write_text("")
+    with pytest.raises(ValueError, match="no token"):
+        run(routing, *how)
+    for bad in (how[2:], (*how, "a text too")):
+        with pytest.raises(SystemExit):
+            run(routing, *bad)
 
 
 def test_balance_by_hand():
@@ -182,13 +279,16 @@ document.body.textContent = JSON.stringify({ page, found });
 """
 
 
-def make_page(tokens: list[str], experts: int = 7) -> str:
-    N = len(tokens)
-    rng = torch.Generator().manual_seed(0)
-    weights, expert_ids = torch.rand(2, N, experts, generator=rng).softmax(dim=-1).topk(3)
+def random_routing(N: int, layers: int, experts: int, k: int) -> routing.Routing:
+    scores = torch.randn(layers, N, experts, generator=torch.Generator().manual_seed(0))
+    top, expert_ids = scores.topk(k)
     counts = torch.stack([layer.flatten().bincount(minlength=experts) for layer in expert_ids])
-    found = routing.Routing(weights, expert_ids, counts, *routing.balance(counts))
-    return routing.page(tokens[0], tokens, 4, found, 1)
+    return routing.Routing(top.softmax(dim=-1), expert_ids, counts, *routing.balance(counts))
+
+
+def make_page(tokens: list[str], experts: int = 7, layers: int = 2, k: int = 3) -> str:
+    found = random_routing(len(tokens), layers, experts, k)
+    return routing.page(tokens[0], tokens, 4, found, {"layer": 1, "window": 12})
 
 
 def browse(folder: Path, page: str, *flags: str) -> str:
@@ -215,6 +315,175 @@ def test_page_needs_no_network():
     assert """content="default-src 'none'; style-src 'unsafe-inline'; script""" in template
 
 
+@pytest.mark.parametrize("layers, experts, k", [(5, 8, 2), (24, 32, 8)], ids=("tiny", "1b"))
+def test_page_is_small(layers, experts, k):
+    """Under 1 MB for 2,000 tokens, and every choice and weight can be read back from it."""
+    tokens = [["</script>", " café", "\\", "return"][n % 4] for n in range(2000)]
+    page, found = make_page(tokens, experts, layers, k), random_routing(2000, layers, experts, k)
+    assert len(page.encode()) < 1_000_000
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["tokens"] == tokens and data["counts"] == found.counts.tolist()
+    for i in range(layers):
+        ids, weights = ([ord(c) - 61 for c in data[n][i]] for n in ("expert_ids", "weights"))
+        assert ids == found.expert_ids[i].flatten().tolist()
+        assert weights == (found.weights[i] * 100).round().flatten().tolist()
+
+
+def cells(shown: str, table: str) -> list[list[str]]:
+    """A table of a page as the browser has built it: its body, row by row."""
+    body = re.search(rf'<table id="{table}">.*?<tbody>(.*?)</tbody>', shown, re.DOTALL)[1]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in body.split("</tr>")[:-1]]
+    return [[html.unescape(cell) for cell in row] for row in rows]
+
+
+@in_browser
+@pytest.mark.parametrize("experts, k", [(7, 3), (4, 1), (3, 3)])
+def test_page_counts(experts, k, tmp_path):
+    """The tokens of an expert, the pairs and the positions, against counting in Python."""
+    N, window, bins, near = 50, 12, 8, 0.51  # of the page; percentages are whole ones
+    tokens = [f"t{n * n % 11}" for n in range(N)]
+    chosen = random_routing(N, 2, experts, k).expert_ids[0].tolist()
+    act = "<script>showLayer(0); showExpert(2, true)</script></body>"
+    page = make_page(tokens, experts, k=k).replace("</body>", act)
+    shown = browse(tmp_path, page, "--dump-dom")
+    its = [token for token, ids in zip(tokens, chosen, strict=True) if 2 in ids]
+    assert f"Expert 2 of layer 0 gets {len(its)} of {N} tokens, {len(set(its))} diff" in shown
+    rows = cells(shown, "favourites")
+    assert [its.count(row[0].strip('"')) for row in rows] == sorted(
+        map(its.count, set(its)), reverse=True
+    )
+    for token, share, here in rows:
+        times = its.count(token.strip('"'))
+        assert float(share) == pytest.approx(100 * times / len(its), abs=near)
+        all_times = tokens.count(token.strip('"'))
+        assert float(here) == pytest.approx(100 * times / all_times, abs=near)
+    for a, row in enumerate(cells(shown, "pairs")):
+        with_a = [ids for ids in chosen if a in ids]
+        expected = [100 * sum(b in ids for ids in with_a) / len(with_a) for b in range(experts)]
+        assert row[0] == str(a) and row[1 + a] == "·"
+        del row[1 + a], expected[a]
+        assert list(map(float, row[1:])) == pytest.approx(expected, abs=near)
+    for e, row in enumerate(cells(shown, "positions")):
+        ranges = [[n for n in range(N) if n % window * bins // window == b] for b in range(bins)]
+        expected = [100 * sum(e in chosen[n] for n in ns) / (k * len(ns)) for ns in ranges]
+        assert row[0] == str(e) and list(map(float, row[1:])) == pytest.approx(expected, abs=near)
+    dim = len(re.findall(r'class="t[^"]* dim', shown))
+    assert dim == N - len(its)
+
+
+class Tab:
+    """A page in Chromium, of an exact width and with real keys, over its pipe."""
+
+    def __init__(self, folder: Path, width: int) -> None:
+        (to, mine), (ours, back) = os.pipe(), os.pipe()
+        line = [BROWSER, *QUIET, f"--user-data-dir={folder / 'tab'}", "--remote-debugging-pipe"]
+        shell = ["bash", "-c", f"exec {shlex.join(line)} 3<&{to} 4>&{back}"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(shell, pass_fds=(to, back), **quiet)
+        os.close(to), os.close(back)
+        self.write, self.read = os.fdopen(mine, "wb", 0), os.fdopen(ours, "rb")
+        self.sent, self.session = 0, {}
+        target = self("Target.createTarget", url="about:blank")["targetId"]
+        found = self("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": found["sessionId"]}
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        self("Emulation.setDeviceMetricsOverride", **size)
+        self("Page.navigate", url=(folder / "page.html").as_uri())
+        while not self.value("document.readyState === 'complete' && !!document.title"):
+            pass
+
+    def __call__(self, method: str, **params) -> dict:
+        self.sent += 1
+        call = {"id": self.sent, "method": method, "params": params, **self.session}
+        self.write.write(json.dumps(call).encode() + b"\0")
+        while True:
+            raw = b"".join(iter(lambda: self.read.read(1), b"\0"))
+            if (answer := json.loads(raw)).get("id") == self.sent:
+                return answer["result"]
+
+    def value(self, code: str):
+        return self("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
+
+    def press(self, key: str, code: int) -> None:
+        text = {"text": "\r"} if key == "Enter" else {}
+        what = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        self("Input.dispatchKeyEvent", type="keyDown", **what, **text)
+        self("Input.dispatchKeyEvent", type="keyUp", **what)
+
+
+@pytest.fixture
+def tab(tmp_path):
+    opened = []
+
+    def act(page: str, width: int) -> Tab:
+        (tmp_path / "page.html").write_text(page, encoding="utf-8")
+        opened.append(Tab(tmp_path, width))
+        return opened[0]
+
+    yield act
+    for each in opened:
+        each.process.terminate()
+        each.process.wait()
+
+
+@in_browser
+@pytest.mark.parametrize("width", (400, 1400))
+@pytest.mark.parametrize("experts", (8, 40))
+def test_page_fits(width, experts, tab):
+    """The page itself never scrolls sideways; what is too wide does so in its own box."""
+    page = tab(make_page([f"token{n}" for n in range(300)], experts), width)
+    assert page.value("innerWidth") == width
+    assert page.value("$('text').clientWidth") > 300
+    assert page.value("document.documentElement.scrollWidth") == width
+    assert page.value(
+        "[...document.querySelectorAll('main *')].every((node) => node.closest('.scroll')"
+        " || node.getBoundingClientRect().right <= innerWidth)"
+    )
+
+
+ACTIVE = """((a) => [a.id, a.getAttribute('aria-label'),
+  getComputedStyle(a).outlineStyle === 'solid' && getComputedStyle(a).outlineWidth === '2px'
+].join())(document.activeElement)"""
+
+
+@in_browser
+def test_page_by_keyboard(tab):
+    """Everything can be reached with Tab, with a visible focus that stays where it is."""
+    page = tab(make_page([f"t{n}" for n in range(50)]), 400)
+    reached = []
+    while not reached or not reached[-1].startswith(",,") and len(reached) < 60:
+        page.press("Tab", 9)
+        reached.append(page.value(ACTIVE))
+    assert all(each.endswith(",true") for each in reached[:-1])
+    assert [each.split(",")[0] for each in reached[:3]] == ["layer", "numbers", "text"]
+    labels = [each.split(",")[1] for each in reached]
+    assert [label.split(":")[0] for label in labels[3:10]] == [f"expert {e}" for e in range(7)]
+    assert [label.split(":")[0] for label in labels[10:12]] == ["layer 0", "layer 1"]
+    assert {"show layer 0", "show layer 1"} < set(labels) and "expert,,true" in reached
+    page.value("$('text').focus()")
+    for key, code, place in (
+        ("ArrowRight", 39, 6), ("ArrowLeft", 37, 5), ("End", 35, 50), ("ArrowRight", 39, 1),
+        ("ArrowLeft", 37, 50), ("Home", 36, 1),
+    ):  # fmt: skip
+        page.press(key, code)
+        assert page.value("$('place').textContent").startswith(f"Token {place} of 50, ")
+    page.press("Tab", 9)
+    for dim in (True, False):  # the first expert's tokens alone, then all again
+        page.press("Enter", 13)
+        assert page.value(ACTIVE).startswith(",expert 0: ")
+        assert page.value("!!document.querySelector('.dim')") == dim
+    for _ in range(7):
+        page.press("Tab", 9)
+    page.press("Enter", 13)
+    assert page.value(ACTIVE).startswith(",layer 0: expert")
+    assert page.value("$('place').textContent").endswith("layer 0")
+    for part in ("favourites", "pairs", "positions"):
+        assert "ayer 0" in page.value(f"$('{part}').caption.textContent")
+    page.value("$('expert').focus()")
+    page.press("ArrowDown", 40)
+    assert page.value("$('favourites').caption.textContent").startswith("Expert 1 of layer 0")
+
+
 @in_browser
 def test_page_in_a_browser(run, folder, tmp_path):
     """It follows the pointer and the layer selector, and shows each token as text however bad."""
@@ -227,7 +496,7 @@ def test_page_in_a_browser(run, folder, tmp_path):
     limit = f"{math.log2(E):.2f} bits"
     assert re.search(rf'id="figures">max/mean load [\d.]+, entropy [\d.]+ of {limit}<', shown)
     assert len(re.findall(r'class="chip"', shown)) == E + L  # the legend, and one for each layer
-    assert re.search(r'id="place">Token 1 of \d+, prompt, layer 1<', shown)
+    assert re.search(r'id="place">Token 1 of \d+, given, layer 1<', shown)
     weights = re.findall(r"<span[^>]*>([01]\.\d\d)</span>", shown)
     assert len(weights) == K and sum(map(float, weights)) == pytest.approx(1, abs=0.02)
     bad = browse(tmp_path, make_page(HOSTILE), "--dump-dom")
@@ -237,11 +506,13 @@ def test_page_in_a_browser(run, folder, tmp_path):
 
 @in_browser
 @pytest.mark.parametrize("scheme", (0, 1), ids=("dark", "light"))
-def test_text_is_readable(scheme, tmp_path):
+@pytest.mark.parametrize("dim", (False, True), ids=("all", "one expert"))
+def test_text_is_readable(scheme, dim, tmp_path):
     """Dark on light or light on dark as the reader prefers, and each text has a contrast of 4.5 or
     more to all that it stands on, in colours that the browser computed."""
     page = make_page([f"t{n}" for n in range(90)], experts=40)
-    page = page.replace("</body>", f"<script>{{{CONTRASTS}}}</script></body>")
+    act = "showExpert(1, true);" if dim else ""
+    page = page.replace("</body>", f"<script>{{{act}{CONTRASTS}}}</script></body>")
     shown = browse(tmp_path, page, f"--blink-settings=preferredColorScheme={scheme}", "--dump-dom")
     seen = json.loads(re.search(r"<body>(.*)</body>", shown, re.DOTALL)[1])
     assert (seen["page"] > 0.5) == (scheme == 1) and len(seen["found"]) > 200
@@ -409,8 +680,8 @@ def test_the_ladder_counts():
 
 
 def test_quoted_counts_of_the_ladder_are_real():
-    course = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(experts_\w+)` \| (\d+) \((\d+)\) \| (\d+) \| (\d+) \|", course, re.M)
+    row = r"^\| `(experts_\w+)` \| (\d+) \((\d+)\) \| (\d+) \| (\d+) \|"
+    rows = re.findall(row, COURSE, re.MULTILINE)
     assert [row[0] for row in rows] == list(ladder.FORMS)
     inputs = ladder.make_inputs(ladder.COUNTED, ladder.SIZES, torch.float32)
     for name, *quoted in rows:
