@@ -22,7 +22,7 @@ from common import command, markdown
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "lessons/README.md", "tiny/README.md")]
 QUOTE = re.compile(r"^\$ (.+)\n(?:((?:(?!\$ |```).*\n)+)|```\n\n((?:\|.*\n)+))", re.MULTILINE)
-MEASURED = re.compile(r"pytest|ladder\.py|bench\.py")  # commands
+MEASURED = re.compile(r"pytest|ladder\.py|bench\.py|my_puzzles")  # or need a reader's own file
 TIMES = re.compile(r"[\d.]+ s\b|[\d.]+ (?:tokens|GB)/s")
 LINK = re.compile(r"(\[`(\w+)[^`]*`\]\(\.\./granitemoe\.py#L)\d+\)")
 SHOT = [
@@ -45,7 +45,7 @@ def run(line: str) -> str | None:
     env = {**os.environ, "PATH": path, **same}
     how = {"shell": True, "cwd": ROOT, "env": env, "text": True, "stdout": subprocess.PIPE}
     plain = line.removesuffix(" | cat")  # what it prints goes into a pipe anyway
-    done = subprocess.run(plain, stderr=subprocess.STDOUT, **how)
+    done = subprocess.run(plain, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **how)
     if done.returncode:
         print(f"left as it was: {line}: {done.stdout.strip()}")
         return None

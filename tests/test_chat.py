@@ -189,7 +189,7 @@ def test_what_is_added_and_not_special(folder, theirs):
     theirs.add_tokens(["<think>", "</think>"])
     theirs.chat_template = (
         "{# <think> #}{% for m in messages %}{{ m.content.split('</think>')[-1] }}"
-        "{% if '<think>' in m.content %}{{ '<think>' }}{% endif %}<|end_of_text|>{% endfor %}<think>"
+        "{% if '<think>' in m.content %}{{ '<think>' }}{% endif %}<|end_of_text|>{% endfor %}"
     )
     theirs.save_pretrained(folder)
     edit("config.json", lambda c: c.update(vocab_size=320))(folder)
