@@ -513,7 +513,7 @@ class GraniteMoeModel(nn.Module):
         if position_ids is not None and attention_mask is None and cache is None:
             # packed: a document begins where positions do not go on by one, as in transformers
             number = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=1)
-            mask = (number[:, :, None] == number[:, None]).tril()[:, None]  # (B or 1, 1, T, T)
+            mask = (number[:, :, None] == number[:, None]).tril()[:, None]  # (B, 1, T, T)
         router_logits = []
         for i, layer in enumerate(self.layers):
             x, logits = layer(x, rope, mask, None if cache is None else cache.layer(i))

@@ -165,6 +165,7 @@ def trace_model(module: ModuleType, attention: str, experts: str, form: str | No
             shapes.sizes = step_sizes(1, 1) | {"B": 1, "N": 1, "M": WIDTHS["K"]}
             model(ids[:1, :1])
             shapes.sizes = step_sizes(T, T)
+            model(ids[:, :T], position_ids=torch.arange(T).expand(BATCH, T))
             if attention != "flash":  # which takes no mask
                 mask = torch.ones(BATCH, T, dtype=torch.long)
                 mask[0, 0] = 0
