@@ -395,7 +395,7 @@ def converse(
 
 # ------------------------------------------------------------------------------------ the command
 PROMPT = "class Stack:"
-DEMO = f'"{PROMPT}" --temperature 0.8 --top-p 0.9 --seed 8 --dtype float32'  # without arguments
+DEMO = f'"{PROMPT}" --temperature 0.8 --top-p 0.9 --seed 40 --dtype float32'  # without arguments
 
 
 def parse_args(given: list[str]) -> argparse.Namespace:
