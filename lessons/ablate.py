@@ -163,7 +163,7 @@ def main() -> None:
     add("--model", default=TINY, help="folder or hub id (default: tiny/)")
     add("--file", type=Path, default=TEXT, help="text to score (default: lessons/common.py)")
     add("--prompt", default="class Stack:", metavar="TEXT", help="text to continue")
-    add("--seed", type=int, default=40, metavar="S", help="of the random numbers of both texts (40)")
+    add("--seed", type=int, default=40, metavar="S", help="of the random numbers of both texts")
     add("--plot", type=Path, metavar="FILE", help="draw the table of --drop-expert all")
     args = parser.parse_args()
     if args.plot and args.drop_expert != "all":
