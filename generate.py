@@ -394,8 +394,8 @@ def converse(
 
 
 # ------------------------------------------------------------------------------------ the command
-PROMPT = "class Stack:"
-DEMO = f'"{PROMPT}" --temperature 0.8 --top-p 0.9 --seed 40 --dtype float32'  # without arguments
+PROMPT = "class Stack:"  # without a prompt; without any argument, DEMO
+DEMO = f'"{PROMPT}" --temperature 0.8 --top-p 0.9 --seed 40 --max-new-tokens 92 --dtype float32'
 
 
 def parse_args(given: list[str]) -> argparse.Namespace:
