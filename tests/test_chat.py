@@ -5,9 +5,11 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from changes import NESTED, assert_refused, device, edit, instead, put
 from conftest import END, ROLE_END, START, command, forked, problem, rss, tokenizer
 from tokenizers import AddedToken, Tokenizer
@@ -261,6 +263,16 @@ HOSTILE = {  # templates, and what the one line must say
 }  # fmt: skip
 
 
+def alone(*args: str) -> Callable[[], int]:
+    """The command in one thread: a fork has none of its parent's others, and would wait."""
+
+    def act() -> int:
+        torch.set_num_threads(1)
+        return command(*args)()
+
+    return act
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates(name, folder, monkeypatch):
     """Through the command: one line and exit status 1; without --chat, it is not rendered."""
@@ -268,13 +280,13 @@ def test_hostile_templates(name, folder, monkeypatch):
     template, words = HOSTILE[name]
     put("chat_template.jinja", template.encode())(folder)
     args = ("--model", str(folder), "--max-new-tokens", "1")
-    outcome = forked(command(*args, "--chat", "hi"), seconds=30)
+    outcome = forked(alone(*args, "--chat", "hi"), seconds=30)
     assert problem(outcome, 1) == "" and "chat_template.jinja" in outcome.err
     assert all(word in outcome.err for word in words.split()), outcome.err
     assert outcome.growth < 64 * 2**20 and os.listdir(".") == ["model"]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     assert peak < rss("VmHWM") + chat.MEMORY + 64 * 2**20
-    assert forked(command(*args, "hi")).status == 0
+    assert forked(alone(*args, "hi")).status == 0
 
 
 def test_a_template_without_an_end(folder, monkeypatch):
