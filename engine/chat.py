@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 SECONDS, MEMORY = 5, 512 * 2**20  # that rendering may take; templates that people use take 1 ms
 MAX_TEXT = 2**20  # characters of a template, and of what it writes
 Messages = list[tuple[str, str]]  # (role, content)
+Chat = Callable[[Messages], list[int]]
 
 
-def load_chat_template(
-    path: str | Path, tokenizer: "Tokenizer"
-) -> Callable[[Messages], list[int]]:  # fmt: skip
+def load_chat_template(path: str | Path, tokenizer: "Tokenizer") -> Chat:
     """A function from (role, content) messages to ids, which end where the assistant speaks.
 
     The format is the folder's own chat template, rendered as transformers does or, where it has
@@ -46,6 +45,10 @@ def load_chat_template(
         control |= {tokenizer.token_to_id(token) for token in (START, ROLE_END, END)}
         good = None not in control
         require(good, f"--chat: neither a chat template nor {START}, so this is no instruct model")
+    else:
+        environment = sandbox()
+        with naming(file):
+            confined(lambda: str(environment.parse(template)))  # its syntax
 
     def render(messages: Messages) -> str:
         if template is None:
@@ -54,7 +57,7 @@ def load_chat_template(
         values = {"messages": [{"role": role, "content": content} for role, content in messages]}
         values |= {"tools": None, "documents": None, "add_generation_prompt": True}
         with naming(file):
-            return confined(lambda: sandbox().from_string(template).render(names | values))
+            return confined(lambda: environment.from_string(template).render(names | values))
 
     def chat(messages: Messages) -> list[int]:
         require(messages, "messages: must be at least one")
@@ -63,9 +66,6 @@ def load_chat_template(
         require(ids, f"{shown(file)}: chat template: writes nothing")
         return known(tokenizer, ids, size)
 
-    if template is not None:
-        with naming(file):
-            confined(lambda: str(sandbox().parse(template)))  # its syntax
     return chat
 
 
@@ -113,11 +113,12 @@ def encode_chat(
 
     def hide(text: str) -> str:
         found, characters = tokenizer.encode(text, add_special_tokens=False), [*text]
-        for i, (start, end) in zip(found.ids, found.offsets, strict=True):
+        pairs = zip(found.ids, found.offsets, strict=True)
+        for i, (start, end) in (pair for pair in pairs if pair[0] in control):
             at = text.find(token := tokenizer.id_to_token(i), start, end)
             if at >= 0:  # some tokens take the white space around them along
                 start, end = at, at + len(token)
-            for at in range(start, end) if i in control else ():
+            for at in range(start, end):
                 if text[at] not in stand_ins:
                     stand_ins[text[at]] = next(free)
                 characters[at] = stand_ins[text[at]]
@@ -200,7 +201,6 @@ def confined(act: Callable[[], str]) -> str:
 
     Raises ValueError with the reason. Windows cannot fork, there the sandbox must do.
     """
-    sandbox()  # imports what the process needs
     if not hasattr(os, "fork"):
         answer = attempt(act)
     else:

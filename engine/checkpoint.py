@@ -32,9 +32,8 @@ WRAPPERS = {  # what prefixes names, and what saves the model without it
 WRAPPED = re.compile(rf"(?:^|(?<=\.))({'|'.join(map(re.escape, WRAPPERS))})")
 OURS = ("embed_tokens.", "layers.", "norm.")  # what names begin with, after "model."
 BUFFER = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # older versions saved it
-ABSENT = re.compile(
-    rf"{BUFFER}|lm_head\.weight|(model\.)?embed_tokens\.weight"
-)  # one of a tied pair
+# What an index may name and no shard has: a buffer, or one of a tied pair.
+ABSENT = re.compile(rf"{BUFFER}|lm_head\.weight|(model\.)?embed_tokens\.weight")
 MAX_JSON = 10 * 2**20
 
 

@@ -93,8 +93,8 @@ def read_prompts(prompts: list[str], piped: bool) -> list[str]:
         if not select.select([sys.stdin], [], [], 1)[0]:
             note("[waiting for a prompt from standard input]")
     with suppress(OSError):  # what cannot be read, a folder say, is no prompt
-        raw = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8)
-    return [decode_prompt(raw)] if raw.strip() else []
+        raw = sys.stdin.buffer.read()
+    return [decode_prompt(raw)] if raw.removeprefix(codecs.BOM_UTF8).strip() else []
 
 
 def read_line() -> bytes:

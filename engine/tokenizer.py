@@ -54,8 +54,9 @@ def encode(tokenizer: "Tokenizer", text: str, vocab_size: int) -> list[int]:
 def known(tokenizer: "Tokenizer", ids: list[int], vocab_size: int) -> list[int]:
     """The ids. Raises ValueError if one is beyond the model: of a token that was added later."""
     for i in ids:
-        token = f"the token {tokenizer.id_to_token(i)!a:.60}"
-        require(i < vocab_size, f"{token} has id {i}, but the model's vocab_size is {vocab_size}")
+        if i >= vocab_size:
+            token = f"the token {tokenizer.id_to_token(i)!a:.60}"
+            raise ValueError(f"{token} has id {i}, but the model's vocab_size is {vocab_size}")
     return ids
 
 

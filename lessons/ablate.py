@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
+from typing import TYPE_CHECKING
 
 import torch
 from common import CONTROL, Parser, command, markdown, new_figure
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 
 from generate import TINY, encode, generate, load_model, load_tokenizer
 from granitemoe import GraniteMoeForCausalLM
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SCALARS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 TEXT, NEW_TOKENS = Path(__file__).with_name("common.py"), 48
@@ -133,10 +137,11 @@ def print_drops(model: GraniteMoeForCausalLM, args: argparse.Namespace, ids: lis
         figure.savefig(args.plot)
 
 
-def compare(model: GraniteMoeForCausalLM, args: argparse.Namespace, ids: list[int]) -> None:
+def compare(
+    model: GraniteMoeForCausalLM, tokenizer: "Tokenizer", args: argparse.Namespace, ids: list[int]
+) -> None:
     """Print the loss and the text of the model and of the changed one. Raises ValueError."""
-    tokenizer, losses, texts = load_tokenizer(args.model), [], []
-    c = model.config
+    c, losses, texts = model.config, [], []
     prompt, eos = encode(tokenizer, args.prompt, c.vocab_size), c.eos_token_id
     how = {"temperature": 0.8, "top_p": 0.9, "seed": args.seed, "eos_token_ids": eos}
     for each in (nullcontext(model), broken(model, args)):
@@ -169,9 +174,12 @@ def main() -> None:
     if args.plot and args.drop_expert != "all":
         parser.error("--plot: needs --drop-expert all")
     exact = "float32" if args.model == TINY else None  # so that all machines print the same
-    model = load_model(args.model, dtype=exact)
-    ids = read_ids(args.file, load_tokenizer(args.model), model.config)
-    print_drops(model, args, ids) if args.drop_expert == "all" else compare(model, args, ids)
+    model, tokenizer = load_model(args.model, dtype=exact), load_tokenizer(args.model)
+    ids = read_ids(args.file, tokenizer, model.config)
+    if args.drop_expert == "all":
+        print_drops(model, args, ids)
+    else:
+        compare(model, tokenizer, args, ids)
 
 
 if __name__ == "__main__":
