@@ -595,7 +595,7 @@ def test_bfloat16_casts_where_theirs_does(one, monkeypatch, late_cast):
 
 # ----------------------------------------------------------------- the three forms of the experts
 
-NAMES = ("loop", "grouped", "gathered", "runs", "fused")
+NAMES = ("loop", "grouped", "gathered", "runs")
 forms = pytest.mark.parametrize("form", [granitemoe.EXPERTS[name] for name in NAMES], ids=NAMES)
 ROUTINGS = {  # the chosen of 5 experts, a row for each token
     "every expert": [[0, 1], [2, 3], [4, 0], [3, 1], [1, 4], [2, 0], [4, 3]],

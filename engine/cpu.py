@@ -1,19 +1,29 @@
-"""The same numbers sooner on a CPU: forms for granitemoe.py's open tables, and the compiled step.
+"""The same numbers sooner on a CPU: forms for granitemoe.py's open tables, and the step in C.
 
 Reasons with a figure are of two cores of an AMD EPYC with AVX-512 (bench/RESULTS.md).
 """
 
+import ctypes
+import functools
+import hashlib
+import itertools
 import math
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import cuda
 from engine.cuda import Step
 from granitemoe import (
     ATTENTION,
     EXPERTS,
+    GraniteMoeConfig,
     GraniteMoeForCausalLM,
     KVCache,
     Mask,
@@ -92,59 +102,176 @@ def experts_one_token(
     return weights_NK @ rows_KD
 
 
-def experts_fused(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """experts_gathered as sums of products, into which a compiler fuses the gathering: else the
-    gathered matrices are written out and read again. For compiled steps. Returns y_ND."""
-
-    def products(weights: Tensor, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return (weights.to(wide) * x[..., None, :].to(wide)).sum(dim=-1).to(x.dtype)
-
-    rows_NKP = products(gate_up_EPD[expert_ids_NK], x_ND[:, None])
-    out_NKD = products(down_EDF[expert_ids_NK], swiglu(rows_NKP))
-    return (weights_NK[:, None] @ out_NKD)[:, 0]
-
-
 ATTENTION["blocks"] = attend_blocks
-EXPERTS |= {"runs": experts_runs, "fused": experts_fused}
+EXPERTS["runs"] = experts_runs
 
 
-def step_form(model: GraniteMoeForCausalLM, rows: int) -> str:
-    """The form of the experts in a compiled step of so many rows: grouping compiles in bfloat16."""
-    grouped = cuda.step_form(model, rows) == "grouped"
-    return "grouped" if grouped and model.model.norm.weight.dtype == torch.bfloat16 else "fused"
+# ------------------------------------------------------------------------------------ the step in C
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ["-std=gnu11", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+         "-fno-signed-zeros", "-fassociative-math"]  # fmt: skip
+NATIVE = (["-march=native"], ["-mcpu=native"])  # the second where the first is not known
+DTYPES = {torch.bfloat16: [], torch.float32: ["-DWEIGHT=float"]}
+
+
+def compiler() -> list[str]:
+    """The command that compiles C: $CC, else cc."""
+    return shlex.split(os.environ.get("CC", "")) or ["cc"]
+
+
+def compile_step(dtype: torch.dtype, file: Path) -> None:
+    """Build engine/cpu.c for this processor, with OpenMP if the compiler has it, or ValueError."""
+    said = []
+    for parallel, native in itertools.product((["-fopenmp"], []), NATIVE):
+        line = [*compiler(), *FLAGS, *native, *parallel, *DTYPES[dtype], str(SOURCE)]
+        try:
+            done = subprocess.run([*line, "-o", str(file), "-lm"], capture_output=True, input=b"")
+        except OSError as error:
+            tried = f"{compiler()[0]!a:.60} ($CC, else cc): {error.strerror}"
+            raise ValueError(f"compiled steps: need a C compiler; tried {tried}") from None
+        if done.returncode == 0:
+            return
+        said += done.stderr.decode(errors="replace").strip().splitlines()[:1] or ["no message"]
+    raise ValueError(f"compiled steps: {compiler()[0]!a:.60} failed: {ascii(said[0])[1:-1]:.120}")
+
+
+def built_name(dtype: torch.dtype) -> str:
+    """Another one for whatever may make another library: the processor, too."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    machine = (platform.machine(), platform.processor(), found)
+    what = (SOURCE.read_bytes(), compiler(), FLAGS, DTYPES[dtype], machine)
+    return f"step-{hashlib.sha256(repr(what).encode()).hexdigest()[:20]}.so"
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL:
+    """engine/cpu.c as a library, from the user's cache if it was built before. Or ValueError."""
+    name = built_name(dtype)
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "granitemoe")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+                compile_step(dtype, file := Path(unfinished, name))
+                file.rename(folder / name)  # at once: another process may be building it too
+        return ctypes.CDLL(str(folder / name))
+    except (OSError, RuntimeError):  # no home, or nothing can be written or executed there
+        with tempfile.TemporaryDirectory() as folder:  # what is loaded stays loaded
+            compile_step(dtype, file := Path(folder, name))
+            return ctypes.CDLL(str(file))
+
+
+SIZES = ("V", "D", "F", "L", "H", "G", "C", "E", "K", "B", "S", "at", "threads")
+SCALARS = {"eps": "rms_norm_eps"}  # and those of one name in C and in the config
+SCALARS |= {name + "_multiplier": name + "_multiplier" for name in
+            ("embedding", "attention", "residual")}  # fmt: skip
+SCALARS["logits_scaling"] = "logits_scaling"
+TENSORS = ("layers", "embed_tokens", "norm", "head", "cos", "sin", "keys", "values", "ids", "pads",
+           "every", "x", "q", "k", "v", "scores", "y", "logits_NE", "weights_NK", "rows_MP",
+           "rows_MD", "logits", "normed", "mixed", "hidden_MF", "expert_ids_NK", "order_M",
+           "tokens_M", "ends_E", "tied")  # fmt: skip
+LAYER = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+         "self_attn.o_proj", "post_attention_layernorm", "block_sparse_moe.input_linear",
+         "block_sparse_moe.output_linear", "block_sparse_moe.router.layer")  # fmt: skip
+
+
+class Model(ctypes.Structure):
+    """Model of engine/cpu.c: sizes, scalars, and where its tensors are."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in SIZES]
+    _fields_ += [(name, ctypes.c_float) for name in SCALARS]
+    _fields_ += [(name, ctypes.c_void_p) for name in TENSORS]
+
+
+def weights_of(model: GraniteMoeForCausalLM) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Those outside the layers by their names in C, and those of the layers in turn, as they are
+    now: a step keeps them, whatever becomes of the model. Raises ValueError for other models."""
+    body, tied = model.model, model.config.tie_word_embeddings
+    head = body.embed_tokens if tied else model.lm_head
+    outer = {"embed_tokens": body.embed_tokens.weight, "norm": body.norm.weight}
+    inner, expected = [], [f"{name}.weight" for name in LAYER]
+    for layer in body.layers:
+        own = dict(layer.named_parameters())
+        if odd := sorted({*own} ^ {*expected}):
+            raise ValueError(f"compiled steps: take Granite's own layers; {odd[0]!a:.60} differs")
+        inner += [own[name].detach() for name in expected]
+    outer = {name: x.detach() for name, x in (outer | {"head": head.weight}).items()}
+    if {x.dtype for x in (*outer.values(), *inner)} != {outer["norm"].dtype}:
+        raise ValueError("compiled steps: need weights of one dtype")
+    if not all(x.is_contiguous() for x in (*outer.values(), *inner)):
+        raise ValueError("compiled steps: need contiguous weights")
+    return outer, inner
+
+
+def buffers(B: int, S: int, c: GraniteMoeConfig) -> dict[str, Tensor]:
+    """What a step computes, by its names in C; an Act there has 4 bytes or fewer."""
+    D, E, K, F = c.hidden_size, c.num_local_experts, c.num_experts_per_tok, c.intermediate_size
+    H, kv, M = c.num_attention_heads, c.num_key_value_heads * c.head_dim, B * K
+    floats = {"x": B * D, "q": B * D, "k": B * kv, "v": B * kv, "scores": B * H * (S + 3),
+              "y": B * D, "logits_NE": B * E, "weights_NK": M, "rows_MP": M * 2 * F,
+              "rows_MD": M * D, "normed": B * D, "mixed": B * D, "hidden_MF": M * F}  # fmt: skip
+    whole = {"expert_ids_NK": M, "order_M": M, "tokens_M": M, "ends_E": E, "tied": 1}
+    made = {name: torch.empty(size) for name, size in floats.items()}
+    made |= {name: torch.empty(size, dtype=torch.long) for name, size in whole.items()}
+    return made | {"every": torch.arange(M + H)}
+
+
+def model_in_c(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Model:
+    """Filled in but for what changes with a step: `at`, `threads`, `ids` and `logits`."""
+    c, (L, B, G, S, C) = model.config, cache.keys.shape
+    outer, inner = weights_of(model)
+    cos, sin = rope_tables(torch.arange(S)[None], c, cache.keys.dtype)
+    cached = {"keys": cache.keys, "values": cache.values, "pads": pads.clone()}
+    held = outer | {"cos": cos, "sin": sin} | cached | buffers(B, S, c)
+    layers = (ctypes.c_void_p * len(inner))(*[x.data_ptr() for x in inner])
+    sizes = {"V": c.vocab_size, "D": c.hidden_size, "F": c.intermediate_size, "L": L, "G": G}
+    sizes |= {"H": c.num_attention_heads, "C": C, "E": c.num_local_experts, "B": B, "S": S}
+    m = Model(**sizes, K=c.num_experts_per_tok, layers=ctypes.addressof(layers))
+    for name, field in SCALARS.items():
+        setattr(m, name, getattr(c, field))
+    for name, tensor in held.items():
+        setattr(m, name, tensor.data_ptr())
+    m.held, m.inner, m.pointers = held, inner, layers  # it holds addresses; these, the memory
+    return m
 
 
 def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choose: Step) -> Step:
-    """The step of one token a row, its layers compiled; see generate.plain_step for the arguments.
+    """The step of one token a row in C; see generate.plain_step for the arguments.
 
-    Raises ValueError if they cannot be compiled.
+    Raises ValueError where it cannot be built, or not for this model.
     """
-    compiled, rows = cuda.compile_layers(model, step_form(model, len(pads))), len(pads)
-    padded = bool(pads.any())
-    mask = torch.arange(cache.max_length, device=pads.device) >= pads  # (B, S)
-
-    def inputs(at: int) -> dict[str, Tensor]:
-        return {"attention_mask": mask[:, : at + 1], "position_ids": at - pads} if padded else {}
+    dtype = cache.keys.dtype
+    if pads.device.type != "cpu" or dtype not in DTYPES:
+        what = f"{pads.device}, {str(dtype).removeprefix('torch.')}"
+        raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
+    run, m = library(dtype).step, model_in_c(model, cache, pads)
+    shape = {name: m.held[name].view(m.B, -1) for name in ("logits_NE", "expert_ids_NK")}
+    weights_NK, tied = m.held["weights_NK"].view(m.B, -1), m.held["tied"]
 
     def step(ids: Tensor, uniform: Tensor) -> Tensor:
-        logits = compiled(ids, cache=cache, **inputs(cache.length)).logits
-        return choose(logits[:, -1].float(), uniform)
+        if cache.length >= cache.max_length:
+            raise ValueError(f"cache: {cache.length + 1} tokens do not fit in {cache.max_length}")
+        ids, logits = ids[:, 0].contiguous(), torch.empty(m.B, m.V)
+        m.ids, m.logits = ids.data_ptr(), logits.data_ptr()
+        m.at, m.threads = cache.length, torch.get_num_threads()
+        tied[0] = -1
+        run(ctypes.byref(m))
+        while tied[0] >= 0:  # a layer's choice of experts is ambiguous: as Router makes it
+            top = shape["logits_NE"].topk(m.K, dim=-1)
+            shape["expert_ids_NK"][:], weights_NK[:] = top.indices, top.values.softmax(dim=-1)
+            run(ctypes.byref(m))
+        cache.ids[:, cache.length] = ids
+        cache.length += 1
+        return choose(logits, uniform)
 
-    with cuda.compiling():
-        for room in (3, 4):  # a size that has varied is a symbol: any length will do
-            try_layer(compiled, room, rows, padded)
     return step
 
 
-def try_layer(compiled: GraniteMoeForCausalLM, room: int, rows: int, padded: bool) -> None:
-    """Run the first of the layers on zeros, as in a step that then has `room` tokens."""
-    weight, c, T = compiled.model.norm.weight, compiled.config, 1
-    like = {"dtype": weight.dtype, "device": weight.device}
-    cache, x = KVCache(c, rows, 2 * room, **like), torch.zeros(rows, T, c.hidden_size, **like)
-    cache.length = room - T
-    positions = cache.slots(T).expand(rows if padded else 1, T)
-    mask = torch.ones(rows, 1, T, room, dtype=torch.bool, device=weight.device) if padded else None
-    compiled.model.layers[0](x, rope_tables(positions, c, x.dtype), mask, cache.layer(0))
+def step_form(model: GraniteMoeForCausalLM, rows: int) -> str:
+    """What a compiled step of so many rows is, in words."""
+    built = library(model.model.norm.weight.dtype)
+    parallel = any(hasattr(built, name) for name in ("GOMP_parallel", "__kmpc_fork_call"))
+    return "C" if parallel else "C, in one thread (its compiler has no OpenMP)"
