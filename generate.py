@@ -416,8 +416,6 @@ def parse_args(given: list[str]) -> argparse.Namespace:
              "--stop: must be a text that is not empty, and not with --raw-ids"),
             (args.compile and args.experts not in ("auto", "batched"),
              "--compile: needs --experts auto or batched"),
-            (args.compile and args.attention == "flash",
-             "--compile: its steps take masks, which flash does not; use sdpa"),
         ):  # fmt: skip
             if bad:
                 raise ValueError(message)

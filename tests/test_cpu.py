@@ -1,20 +1,35 @@
-"""The forms that a CPU runs sooner, against the definitions; what "auto" names; compiled steps."""
+"""The forms that a CPU runs sooner, against the definitions; what "auto" names; the step in C."""
 
-import functools
 import gc
+import os
+import re
+import stat
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import checkpoint, collect, write_files
+from conftest import ROOT, TESTS, audited, collect
+from torch import Tensor
 
 import generate
 import granitemoe
 from engine import cpu
-from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
-from test_granitemoe import GRADIENTS, LOGITS, PROMPTS, fill, random_config, relative
+from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
+from test_granitemoe import (
+    CHECKPOINTS,
+    GRADIENTS,
+    LOGITS,
+    PROMPTS,
+    consult,
+    fill,
+    random_config,
+    relative,
+)  # fmt: skip
 
 WORDS = {"model_type": "granitemoe"}
 
@@ -170,61 +185,377 @@ def test_an_own_form(folder):
         generate.load_model(folder, experts_backend="mine")
 
 
-# --------------------------------------------------------------------------------- compiled steps
+# ----------------------------------------------------------------------------------- the step in C
+
+SEEDS = [seed for seed, _ in CHECKPOINTS.values()]
+TINY = {"intermediate_size": 5, "vocab_size": 3, "pad_token_id": None, "num_local_experts": 1,
+        "num_experts_per_tok": 1, "num_hidden_layers": 1}  # fmt: skip
+SHAPES = {  # changes of a random config, of which some sizes fill no register, and some many
+    "one head": {"num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 2, **TINY},
+    "as many key heads": {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 42},
+    "one key head": {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 70},
+    "wide heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 2 * 134},
+    "odd experts": {"intermediate_size": 67, "num_local_experts": 11, "num_experts_per_tok": 5},
+    "all experts": {"num_local_experts": 4, "num_experts_per_tok": 4},
+    "one expert each": {"num_experts_per_tok": 1},
+    "registers": {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+                  "intermediate_size": 128},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("attention", ("sdpa", "eager"))
-@pytest.mark.parametrize("prompts", (PROMPTS, PROMPTS[:1]), ids=("padded", "one"))
-def test_compiled_steps_equal_plain_ones(prompts, attention, monkeypatch):
-    """Traced whole, but not compiled: the ids of the eager model, which is left as it was."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    torch.compiler.reset()
-    data = random_config(2) | WORDS | {"attention_backend": attention}
-    model = GraniteMoeForCausalLM(GraniteMoeConfig.from_dict(data)).eval()
-    fill(model, 2)
-    before = vars(model.config).copy(), [vars(m).copy() for m in model.modules()]
-    options = {"repetition_penalty": 1.7}
-    compiled = collect(model, prompts, 12, compiled=True, **options)
-    assert (vars(model.config), [vars(m) for m in model.modules()]) == before
-    assert compiled == collect(model, prompts, 12, **options)
-    calls = []  # a user's hooks see the user's tokens, and nothing else
-    hook = model.register_forward_hook(lambda *_: calls.append(1))
-    collect(model, prompts, 5, compiled=True)
-    hook.remove()
-    assert len(calls) == 5
-    with torch.no_grad():
-        model.model.norm.weight.fill_(torch.inf)  # the compiled steps are on the same weights
-    with pytest.raises(ValueError, match="not finite"):
-        collect(model, prompts, 2, compiled=True)
+def build(seed: int, dtype: torch.dtype = torch.float32, **changes) -> GraniteMoeForCausalLM:
+    """A model of a random checkpoint's sizes or, changed, of others; every block matters."""
+    config = GraniteMoeConfig.from_dict(random_config(seed) | WORDS | changes)
+    model = GraniteMoeForCausalLM(config).eval()
+    fill(model, seed)
+    return model.to(dtype)
 
 
-def test_flash_has_no_compiled_step(folder):
-    model = generate.load_model(folder, attention_backend="flash")
-    with pytest.raises(ValueError, match="attention_backend: .*'flash' .* use 'sdpa'"):
-        collect(model, [[5]], 3, compiled=True)
+def random_rows(model: GraniteMoeForCausalLM, rows: int, length: int) -> Tensor:
+    rng = torch.Generator().manual_seed(rows)
+    return torch.randint(model.config.vocab_size, (rows, length), generator=rng)
 
 
-def test_a_compiled_model_goes_when_it_is_let_go(monkeypatch, folder):
-    """At once, and not when the collector of cycles comes by: it is the weights' memory."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+@torch.inference_mode()
+def both(model: GraniteMoeForCausalLM, ids: Tensor, first: int, pads: Tensor | None = None):
+    """Logits (B, steps, V) of the C step and of the plain one for ids (B, T), which fill the cache,
+    after a prompt of the `first`."""
+    B, T = ids.shape
+    pads = torch.zeros(B, 1, dtype=torch.long) if pads is None else pads
+    found, keep = [], lambda logits, _: logits
+    for make in (cpu.token_step, generate.plain_step):
+        cache = KVCache(model.config, B, T, dtype=model.model.norm.weight.dtype)
+        (
+            cache.keys.fill_(torch.nan),
+            cache.values.fill_(torch.nan),
+        )  # what is not written is not read
+        generate.plain_step(model, cache, pads, keep)(ids[:, :first], None)
+        step = make(model, cache, pads, keep)
+        found.append(torch.stack([step(ids[:, t, None], None) for t in range(first, T)], 1))
+        assert torch.equal(cache.ids, ids) and cache.length == T
+    return found
+
+
+@pytest.mark.parametrize("rows", (1, 2, 3, 4, 5, 8, 17))
+@pytest.mark.parametrize("seed", SEEDS)
+def test_c_equals_the_plain_step(seed, rows):
+    model = build(seed)
+    ours, plain = both(model, random_rows(model, rows, 19), 4)
+    assert relative(ours, plain) <= 1e-5
+
+
+@pytest.mark.parametrize("rows", (1, 6))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_c_takes_any_shape(shape, rows):
+    model = build(4, **SHAPES[shape])
+    ours, plain = both(model, random_rows(model, rows, 11), 1)
+    assert relative(ours, plain) <= 1e-5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_c_takes_padded_rows(seed):
+    """Each row begins at a slot of its own, one of them at the last before the steps."""
+    model, pads = build(seed), torch.tensor([[0], [5], [2], [0], [4]])
+    ours, plain = both(model, random_rows(model, 5, 16), 6, pads)
+    assert relative(ours, plain) <= 1e-5
+
+
+def test_c_after_many_tokens():
+    """Every number of slots in the last of the fours that attention takes at a time."""
+    model = build(2)
+    ours, plain = both(model, random_rows(model, 2, 700), 600)
+    assert relative(ours, plain) <= 1e-5
+
+
+def test_steps_alternate_on_one_cache():
+    model, keep = build(3), lambda logits, _: logits
+    ids, pads = random_rows(model, 2, 12), torch.zeros(2, 1, dtype=torch.long)
+    cache = KVCache(model.config, 2, 12)
+    with torch.inference_mode():
+        steps = [make(model, cache, pads, keep) for make in (cpu.token_step, generate.plain_step)]
+        found = [steps[t % 2](ids[:, t, None], None) for t in range(12)]
+        assert relative(torch.stack(found, 1), model(ids).logits) <= 1e-5
+        with pytest.raises(ValueError, match="cache: 13 tokens do not fit in 12"):
+            steps[0](ids[:, :1], None)
+        cache.length = 7  # a conversation goes back
+        again = torch.stack([steps[t % 2](ids[:, t, None], None) for t in range(7, 12)], 1)
+        assert relative(again, torch.stack(found[7:], 1)) <= 1e-5
+
+
+@pytest.mark.parametrize("experts", (4, 150))
+def test_c_breaks_ties_as_topk_does(experts):
+    """Pairs of experts with the same router rows: of one pair, only one is among the chosen. topk
+    has no rule for which, and goes about it otherwise where there are many."""
+    changes = {"num_local_experts": experts, "num_experts_per_tok": 2 + experts % 2 + 1}
+    model = build(5, **changes)
+    for layer in model.model.layers:
+        weight = layer.block_sparse_moe.router.layer.weight.data
+        weight[1::2] = weight[::2]
+    ours, plain = both(model, random_rows(model, 5, 13), 2)
+    assert relative(ours, plain) <= 1e-5
+
+
+def test_c_with_every_token_on_one_expert():
+    """And with all experts as good as each other, in the last layer too."""
+    model = build(6, num_experts_per_tok=1)
+    for layer in model.model.layers:
+        layer.block_sparse_moe.router.layer.weight.data.zero_()
+    ours, plain = both(model, random_rows(model, 9, 8), 2)
+    assert relative(ours, plain) <= 1e-5
+
+
+@pytest.mark.parametrize("portable", (False, True), ids=("native", "portable"))
+def test_c_in_bfloat16(portable, fresh, monkeypatch):
+    """To the float64 oracle at most 1.1 x the plain step's error. Every expert is chosen here: else
+    a near-tie may fall either way, and luck hides what is measured."""
+    if portable:
+        monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-U__AVX512BF16__"])
+    squares = torch.zeros(2)
+    for seed in SEEDS * 3:
+        E = random_config(seed)["num_local_experts"]
+        model = build(seed, torch.bfloat16, num_experts_per_tok=E)
+        ids = random_rows(model, 24, 11)
+        exact = consult(model, ids)[0][:, 1:]
+        squares += torch.tensor([relative(x, exact) ** 2 for x in both(model, ids, 1)])
+    ours, plain = squares.sqrt()
+    assert ours <= 1.1 * plain
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_c_in_bfloat16_chooses_as_the_plain_step(seed):
+    """Most tokens' experts, so that their logits differ by roundings only."""
+    model = build(seed, torch.bfloat16)
+    ours, plain = both(model, random_rows(model, 32, 9), 1)
+    errors = (ours - plain).norm(dim=-1) / plain.norm(dim=-1)
+    assert errors.median() <= 0.03
+
+
+FAULTS = {  # each in a copy of the C text
+    "gate and up swapped": ("*gate = m->rows_MP + i * 2 * F, *up = gate + F",
+                            "*up = m->rows_MP + i * 2 * F, *gate = up + F"),
+    "a scalar dropped": (") * m->residual_multiplier", ")"),
+    "logits not scaled": ("m->logits[i] / m->logits_scaling", "m->logits[i]"),
+    "scores not scaled": ("sums[t] * m->attention_multiplier", "sums[t]"),
+    "one head too far": ("*p = scores + h * room", "*p = scores + (h + 1) % heads * room"),
+    "one expert short": ("i < n * K + K; i++", "i < n * K + K - 1; i++"),
+    "the tail of a vector left out": ("for (; i < n; i++)", "for (; i < n && n < 0; i++)"),
+    "the last slot left out": ("s <= at; s += 4", "s < at; s += 4"),
+    "a slot of another row": ("start = m->pads[b]", "start = m->pads[0]"),
+    "turned by the slot": ("(m->at - m->pads[b])", "(m->at - m->pads[0])"),
+    "ties by number": ("*m->tied = layer", "*m->tied = -1"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch) -> Path:
+    """A cache folder of its own for what is built, and nothing built yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cpu.library.cache_clear()
+    yield tmp_path / "cache" / "granitemoe"
+    cpu.library.cache_clear()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_in_the_c_text_are_found(fault, fresh, tmp_path, monkeypatch):
+    """By the comparison that the tests above rest on."""
+    before, after = FAULTS[fault]
+    text = cpu.SOURCE.read_text()
+    assert text.count(before) == 1, "the fault is no longer one"
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "cpu.c")
+    cpu.SOURCE.write_text(text.replace(before, after))
+    model = build(3)
+    if fault == "ties by number":
+        for layer in model.model.layers:
+            layer.block_sparse_moe.router.layer.weight.data[1:].zero_()
+    pads = torch.tensor([[2], [0], [1]]) if "slot" in fault else None
+    ours, plain = both(model, random_rows(model, 3, 9), 4, pads)
+    assert not relative(ours, plain) <= 1e-3
+
+
+SANITIZED = """
+import torch, test_cpu
+from engine import cpu
+cpu.FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
+torch.set_num_threads(2)
+for dtype in (torch.float32, torch.bfloat16):
+    for shape, changes in test_cpu.SHAPES.items():
+        model = test_cpu.build(4, dtype, **changes)
+        pads = torch.tensor([[0], [1], [0], [3], [2]])
+        ours, plain = test_cpu.both(model, test_cpu.random_rows(model, 5, 7), 4, pads)
+        assert torch.isfinite(ours).all()
+print("clean")
+"""
+
+
+@pytest.mark.parametrize("portable", (False, True), ids=("native", "portable"))
+def test_c_under_sanitizers(portable, fresh):
+    """No byte outside of what it was given, and nothing that C leaves undefined, at odd sizes."""
+    where = [*cpu.compiler(), "-print-file-name=libasan.so"]
+    library = subprocess.run(where, capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip("the compiler brings no sanitizer")
+    env = {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    env |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(TESTS))), "OMP_NUM_THREADS": "2"}
+    code = (
+        SANITIZED.replace("FLAGS +=", 'FLAGS += ["-U__AVX512BF16__"] +') if portable else SANITIZED
+    )
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "clean\n", done.stderr[-3000:]
+
+
+def test_c_step_in_generate(folder):
+    """Ids, hooks and the model are those of the plain step; what is not finite is seen."""
     model = generate.load_model(folder)
-    collect(model, [[5]], 3, compiled=True)
-    weight = weakref.ref(model.model.layers[1].block_sparse_moe.input_linear.weight)
-    torch.compiler.reset()  # the compiler's own caches may hold what they saw
-    gc.disable()
+    before = vars(model.config).copy(), [vars(m).copy() for m in model.modules()]
+    for prompts, how in ((PROMPTS, {"repetition_penalty": 1.7}), (PROMPTS[:1], SAMPLED)):
+        plain = collect(model, prompts, 12, **how)
+        assert collect(model, prompts, 12, compiled=True, **how) == plain
+    assert (vars(model.config), [vars(m) for m in model.modules()]) == before
+    steps = generate.generate(model, [[5, 6]], 9, compiled=True)
+    next(steps), next(steps)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)  # the same weights, not a copy
+    with pytest.raises(ValueError, match="not finite at step 2"):
+        list(steps)
+
+
+SAMPLED = {"temperature": 1.3, "top_k": 40, "seed": 3}
+
+
+def test_c_follows_the_number_of_threads(folder):
+    model, threads = generate.load_model(folder), torch.get_num_threads()
+    plain = collect(model, PROMPTS, 8)
     try:
-        del model
-        assert weight() is None
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert collect(model, PROMPTS, 8, compiled=True) == plain
     finally:
-        gc.enable()
+        torch.set_num_threads(threads)
 
 
-def test_a_compiler_that_fails(tmp_path, monkeypatch):
-    model = generate.load_model(write_files(tmp_path / "m", checkpoint()))
+def test_two_models_at_once(folder):
+    """In two threads, each with a step of its own."""
+    models, found = [build(2), build(3)], [None, None]
+    plain = [collect(model, [[5, 6]], 30) for model in models]
 
-    def fail(*_) -> None:
-        raise RuntimeError("no compiler\nis there")
+    def act(i: int) -> None:
+        for _ in range(5):
+            found[i] = collect(models[i], [[5, 6]], 30, compiled=True)
 
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    with pytest.raises(ValueError, match="compiling failed: no compiler$"):
+    threads = [threading.Thread(target=act, args=(i,)) for i in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert found == plain
+
+
+def test_a_model_may_go_before_its_step():
+    """The step keeps the weights for as long as it is kept, and no longer."""
+    model, keep = build(2), lambda logits, _: logits
+    cache, pads = KVCache(model.config, 1, 9), torch.zeros(1, 1, dtype=torch.long)
+    weight = weakref.ref(model.model.layers[1].block_sparse_moe.input_linear)
+    ids = random_rows(model, 1, 4)
+    with torch.inference_mode():
+        exact = model(ids).logits[:, -1]
+        step = cpu.token_step(model, cache, pads, keep)
+        del model
+        gc.collect()
+        assert weight() is None
+        noise = [torch.full((1000,), torch.nan) for _ in range(1000)]
+        logits = [step(ids[:, t, None], None) for t in range(4)][-1]
+    assert relative(logits, exact) <= 1e-5 and noise
+
+
+# ------------------------------------------------------------------------------------ building it
+
+
+def script(folder: Path, text: str) -> str:
+    """A compiler of our own."""
+    path = folder / "compiler"
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_built_once_and_kept(fresh, folder, monkeypatch):
+    """And nothing at all is built, started or written without the flag."""
+    model = generate.load_model(folder)
+    with audited(folder) as found:
+        plain = collect(model, [[5]], 3)
+    assert not found and not fresh.exists()
+    assert collect(model, [[5]], 3, compiled=True) == plain
+    (built,) = fresh.iterdir()
+    cpu.library.cache_clear()
+    monkeypatch.setattr(cpu, "compile_step", None)
+    assert collect(model, [[5]], 3, compiled=True) == plain
+    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-DOTHER"])
+    assert cpu.built_name(torch.float32) != built.name
+
+
+@pytest.mark.parametrize("cache", ("a file", "no home", "not a library"))
+def test_a_cache_that_cannot_be_used(cache, fresh, folder, monkeypatch):
+    """Then it is built for this process alone, and leaves nothing."""
+    if cache == "a file":
+        fresh.parent.write_text("")
+    elif cache == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    else:
+        fresh.mkdir(parents=True)
+        (fresh / cpu.built_name(torch.float32)).write_text("cut off")
+    model = generate.load_model(folder)
+    assert collect(model, [[5]], 3, compiled=True) == collect(model, [[5]], 3)
+
+
+@pytest.mark.parametrize("text, words", (
+    (None, r"need a C compiler; tried '.* \(\$CC, else cc\): No such file"),
+    ("echo 'cpu.c:1: error: no' >&2; echo more >&2; exit 1", "failed: cpu.c:1: error: no$"),
+    ("exit 3", "failed: no message$"),
+))  # fmt: skip
+def test_a_compiler_that_fails(text, words, fresh, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", script(tmp_path, text) if text else str(tmp_path / "compiler"))
+    with pytest.raises(ValueError, match=words) as error:
+        collect(generate.load_model(folder), [[5]], 2, compiled=True)
+    assert "\n" not in str(error.value)
+    assert not [*fresh.iterdir()]
+
+
+@pytest.mark.parametrize("lacks, form", (
+    ("-fopenmp", "C, in one thread .*"), ("-march=native", "C"), ("nothing", "C"),
+))  # fmt: skip
+def test_what_a_compiler_lacks(lacks, form, fresh, folder, tmp_path, monkeypatch):
+    """OpenMP, or the name that others have for this processor."""
+    text = f'case "$*" in *{lacks}*) exit 1;; esac\nexec cc $(echo "$*" | sed s/-mcpu=native//)'
+    monkeypatch.setenv("CC", script(tmp_path, text))
+    model = generate.load_model(folder)
+    assert collect(model, PROMPTS, 5, compiled=True) == collect(model, PROMPTS, 5)
+    assert re.fullmatch(form, cpu.step_form(model, 1))
+
+
+def test_what_c_cannot_run(folder):
+    with pytest.raises(ValueError, match="compiled steps: .*bfloat16 or float32; got cpu, float16"):
+        collect(generate.load_model(folder, dtype="float16"), [[5]], 2, compiled=True)
+    model = generate.load_model(folder)
+    model.model.layers[0].self_attn.q_proj.register_parameter("lora", model.model.norm.weight)
+    with pytest.raises(ValueError, match="compiled steps: take Granite's own layers; .*lora"):
         collect(model, [[5]], 2, compiled=True)
+    model = generate.load_model(folder)
+    model.model.norm.weight.data = model.model.norm.weight.data.bfloat16()
+    with pytest.raises(ValueError, match="compiled steps: need weights of one dtype"):
+        cpu.weights_of(model)
+    model = generate.load_model(folder)
+    q_proj = model.model.layers[0].self_attn.q_proj.weight
+    q_proj.data = q_proj.data.T
+    with pytest.raises(ValueError, match="compiled steps: need contiguous weights"):
+        cpu.weights_of(model)
+
+
+def test_c_text_is_short():
+    lines = cpu.SOURCE.read_text().splitlines()
+    assert len(lines) <= 260 and max(map(len, lines)) <= 100
+    line = [*cpu.compiler(), *cpu.FLAGS, "-fopenmp", "-Wall", "-Wextra", "-Werror", str(cpu.SOURCE)]
+    for flags in cpu.DTYPES.values():
+        done = subprocess.run([*line, *flags, "-o", os.devnull], capture_output=True, text=True)
+        assert not done.returncode, done.stderr

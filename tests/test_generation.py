@@ -172,13 +172,14 @@ def test_compiled_as_a_whole(model):
 
 
 def test_padding_may_have_any_position(model):
-    """It starts nothing anew, on either side."""
+    """It starts nothing anew, on either side. (But for a last bit: with its experts, the number of
+    rows changes in products that real tokens share.)"""
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
     a, b = (
         model(TWO, attention_mask=mask, position_ids=torch.tensor(positions)).logits[mask.bool()]
         for positions in ([[1, 0, 1], [0, 1, 1]], [[0, 0, 1], [0, 1, 0]])
     )
-    assert torch.equal(a, b)
+    assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("ids", (TWO - 9, TWO * 100))
@@ -360,13 +361,13 @@ def soak(count: int) -> int:
     model, made, base, rng = load_model(folder, dtype="float32"), 0, None, random.Random(0)
     warm = max(count // 10, 6000)
     context, last = model.config.max_position_embeddings, model.config.vocab_size - 1
-    files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
     while made < count:
         prompts = [[rng.randint(0, last) for _ in range(rng.randint(1, 40))] for _ in range(2)]
         for ids in generate.generate(model, prompts, min(256, context), temperature=1.0):
             made += sum(i is not None for i in ids)
         if base is None and made >= warm:
             base = anonymous()
+            files, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
     drift = anonymous() - base
     same = files == len(os.listdir("/proc/self/fd")), threads == len(os.listdir("/proc/self/task"))
     print(f"{made} tokens of {folder.name}: memory {drift / 1024:+.0f} KiB after the first {warm}")
