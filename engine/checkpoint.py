@@ -1,10 +1,14 @@
 """A stranger's folder: found, compared, read, owned. Every refusal of data is in this file."""
 
-import itertools
 import json
+import math
+import mmap
+import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -35,6 +39,7 @@ BUFFER = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # older v
 # What an index may name and no shard has: a buffer, or one of a tied pair.
 ABSENT = re.compile(rf"{BUFFER}|lm_head\.weight|(model\.)?embed_tokens\.weight")
 MAX_JSON = 10 * 2**20
+READERS = 2  # threads
 
 
 class CheckpointError(ValueError):
@@ -144,11 +149,21 @@ class Stored(NamedTuple):
     name: str
     dtype: str
     shape: tuple
+    data: int  # where the tensors begin in the file
+    offsets: list  # from there: where this one begins and ends
+    state: tuple  # of the file: see state_of
+
+
+def state_of(file: BinaryIO) -> tuple:
+    """Another one for another file, or if it is written to."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_header(path: Path) -> dict[str, Stored]:
     """Each tensor of a safetensors file; reads none of them."""
     with naming(path), open_file(path) as file:
+        state = state_of(file)
         start, rest = file.read(8), path.stat().st_size - 8
         require(start != b"version ", "a Git LFS pointer, not the weights; run: git lfs pull")
         size = int.from_bytes(start, "little")
@@ -158,7 +173,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         for name, entry in header.items():
             good = isinstance(entry, dict) and isinstance(entry.get("shape"), list)
             require(good, f"{name!a:.80}: not a tensor's entry")
-            header[name] = Stored(path, name, str(entry.get("dtype")), tuple(entry["shape"]))
+            dtype, offsets = map(entry.get, ("dtype", "data_offsets"))
+            place = (8 + size, offsets, state)
+            header[name] = Stored(path, name, str(dtype), tuple(entry["shape"]), *place)
         return header
 
 
@@ -270,19 +287,49 @@ def match_tensors(folder: Path, stored: dict[str, Stored], model: GraniteMoeForC
 def read_tensors(
     stored: dict[str, Stored], dtype: torch.dtype, device: str | torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor by itself, in memory of its own, finite and cast."""
-    by_file = sorted(stored, key=lambda name: stored[name].path)
-    for file, group in itertools.groupby(by_file, key=lambda name: stored[name].path):
-        with naming(file), safe_open(file, "pt", backend="pread") as tensors:
-            for name in group:
-                tensor = tensors.get_tensor(stored[name].name)
-                require(tensor.shape == stored[name].shape, f"{name}: changed while loading")
-                for target in dict.fromkeys((tensor.dtype, dtype)):  # a cast can overflow too
-                    tensor = tensor.to(target)
-                    low, high = torch.aminmax(tensor)  # one pass; NaN shows in both
-                    finite = torch.isfinite(low) and torch.isfinite(high)
-                    require(finite, f"{name}: has NaN or infinite values (as {target})")
-                yield name, tensor.to(device)
+    """Each tensor in memory of its own, finite and cast; the next ones are read meanwhile."""
+    for path in {at.path: None for at in stored.values()}:
+        with naming(path), safe_open(path, "pt", backend="pread"):
+            """It looks at all entries, and whether each has a place of its own."""
+    ahead: deque = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for name in sorted(stored, key=lambda name: (stored[name].path, stored[name].offsets)):
+            ahead.append((name, pool.submit(read_tensor, name, stored[name], dtype, device)))
+            if len(ahead) > READERS:
+                done, tensor = ahead.popleft()
+                yield done, tensor.result()
+        for name, tensor in ahead:
+            yield name, tensor.result()
+
+
+def read_tensor(name: str, at: Stored, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """One of them. What reads and looks at numbers lets other threads run."""
+    tensor = fresh(at.shape, ON_DISK[at.dtype])
+    with naming(at.path), at.path.open("rb", buffering=0) as file:
+        require(state_of(file) == at.state, f"{name}: changed while loading")
+        file.seek(at.data + at.offsets[0])
+        rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        while rest:
+            got = file.readinto(rest)
+            require(got, f"{name}: changed while loading")
+            rest = rest[got:]
+        for target in dict.fromkeys((tensor.dtype, dtype)):  # a cast can overflow too
+            tensor = tensor.to(target)
+            low, high = torch.aminmax(tensor)  # one pass; NaN shows in both
+            finite = torch.isfinite(low) and torch.isfinite(high)
+            require(finite, f"{name}: has NaN or infinite values (as {target})")
+    return tensor.to(device)
+
+
+def fresh(shape: tuple, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor, in huge pages where it fills some: those are ready much sooner."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def drop_tied_head(folder: Path, weights: dict[str, Tensor]) -> None:
