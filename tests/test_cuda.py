@@ -189,11 +189,23 @@ def test_captured_step_stops_at_what_is_not_finite(door):
 
 def test_what_a_captured_step_looks_at(monkeypatch):
     """64 slots of the cache, then twice as many where they are full, and at last all; a graph is
-    captured for each, none before the first token is out. Slots never written may hold anything."""
-    asked = stand_in(monkeypatch, Recorder, lambda recorder: recorder)
+    captured for each, none before the first token is out, and not beside the one before it. cuDNN
+    is out. Slots never written may hold anything."""
+    graphs, rooms, logits = weakref.WeakSet(), [], cuda.token_logits
+
+    class Seen(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            graphs.add(self)
+
+    def spy(*args):
+        assert rooms[-1:] == [args[4]] or not graphs
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        rooms.append(args[4])
+        return logits(*args)
+
+    asked = stand_in(monkeypatch, Seen, lambda recorder: recorder)
     monkeypatch.setattr(cpu, "token_step", cuda.capture)
-    rooms, logits = [], cuda.token_logits
-    spy = lambda *args: rooms.append(args[4]) or logits(*args)  # noqa: E731
     monkeypatch.setattr(cuda, "token_logits", spy)
     model = make_model("cpu", max_position_embeddings=400)
     caches = [KVCache(model.config, 1, 150) for _ in range(2)]
@@ -434,9 +446,9 @@ def test_attention_is_asked_for_as_kernels_take_it(queries, keys, masked, dtype,
         return sdpa(q, k, v, attn_mask, drop, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as it is by default
     found = granitemoe.ATTENTION["fused"](*leaves, mask, 0.3, 0.0)
-    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    assert torch.backends.cuda.cudnn_sdp_enabled()
     found = [found, *torch.autograd.grad(found.float().square().sum(), leaves)]
     assert max(map(relative, found, exact)) <= (GRADIENTS if dtype == torch.float32 else 3e-2)
     ((q, k, bias, options, cudnn),) = calls
