@@ -6,7 +6,8 @@ No figure here was measured: bench/RESULTS.md says what stands in for a card, be
 
 import functools
 import math
-import threading
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -180,23 +181,20 @@ def token_logits(
 
 
 # ---------------------------------------------------------------------------------------- capturing
-ALONE = threading.Lock()  # while one thread captures, no other may launch on the same stream
-
-
-@functools.cache
-def stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of the process: libraries keep a workspace for each stream they saw."""
-    return torch.cuda.Stream(device)
+# Streams that no living graph is on, by device. Libraries keep a workspace for each stream they saw,
+# so that a new stream for each reply would leak; and PyTorch 2.13 frees a stream's workspaces with
+# any graph captured on it (pytorch#193402), so that two living graphs may not share one.
+IDLE: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 @contextmanager
-def aside(device: torch.device) -> Iterator[torch.cuda.Stream]:
-    """On the stream of all graphs, and on the model's card, after what was launched before."""
-    with ALONE, torch.cuda.device(device):
-        stream, before = stream_of(device), torch.cuda.current_stream()
+def aside(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
+    """On a stream of the model's card, whichever is current, after what was launched before."""
+    with torch.cuda.device(device):
+        before = torch.cuda.current_stream()
         stream.wait_stream(before)
         with torch.cuda.stream(stream):
-            yield stream
+            yield
         before.wait_stream(stream)
 
 
@@ -226,12 +224,13 @@ def captured(
     See generate.plain_step for the arguments."""
     ids, at = torch.zeros_like(pads), torch.zeros_like(pads[0])
     uniform = torch.zeros_like(pads, dtype=torch.float64)
-    room, graph, new = 0, None, None
+    room, graph, new, idle = 0, None, None, IDLE[pads.device]
+    stream = idle.pop() if idle else torch.cuda.Stream(pads.device)
 
     def step() -> Tensor:
         return choose(token_logits(model, run, cache, at, room, ids, pads).float(), uniform)
 
-    def record(stream: torch.cuda.Stream) -> None:
+    def record() -> None:
         nonlocal room, graph, new
         graph = new = None  # frees its memory for the next
         room = bucket(cache.length + 1, cache.max_length)
@@ -248,13 +247,14 @@ def captured(
         ids.copy_(new_ids)
         uniform.copy_(new_uniform)
         at.fill_(cache.length)
-        with aside(pads.device) as stream:
+        with aside(stream, pads.device):
             if cache.length >= room:
-                record(stream)
+                record()
             graph.replay()
         cache.length += 1
         return new
 
+    weakref.finalize(replay, idle.append, stream)
     return replay
 
 

@@ -12,6 +12,7 @@ import functools
 import gc
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -92,7 +93,7 @@ def stand_in(monkeypatch, graph: type, recording: Callable) -> list[tuple]:
     monkeypatch.setattr(torch.cuda, "device", note("device"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    monkeypatch.setattr(cuda, "stream_of", functools.cache(cuda.stream_of.__wrapped__))
+    monkeypatch.setattr(cuda, "IDLE", defaultdict(list))
     return asked
 
 
@@ -221,19 +222,27 @@ def test_what_a_captured_step_looks_at(monkeypatch):
     assert found == [64, 64, 128, 128, 200, 200, 200]
 
 
-def test_one_stream_on_the_models_card(monkeypatch):
-    """Libraries keep a workspace for each stream that they saw: one for the process, for warming
-    up, capturing and replaying; on the card that the model is on, whichever is current."""
+def test_a_stream_for_each_living_graph_on_the_models_card(monkeypatch):
+    """Its own, for warming up, capturing and replaying, and again for the next reply when it goes;
+    on the card that the model is on, whichever is current."""
     asked = stand_in(monkeypatch, Recorder, lambda recorder: recorder)
     monkeypatch.setattr(cpu, "token_step", cuda.capture)
     model, here = make_model("cpu"), torch.device("cpu")
     for _ in range(3):
         ids_of(model, [[1, 2, 3]], 5)
-    assert [x for x in asked if x[0] == "new stream"] == [("new stream", here)]
-    assert asked[0] == ("device", here), "before the stream is made"
-    names = [what for what, _ in asked if what != "new stream"]
+    assert asked.pop(0) == ("new stream", here)
+    names = [what for what, _ in asked]
     assert names == (["device", "on stream", "capture"] + ["device", "on stream"] * 3) * 3
-    assert len({id(x) for what, x in asked if what in ("on stream", "capture")}) == 1
+    assert {x for what, x in asked if what == "device"} == {here}
+    assert len({id(x) for what, x in asked if what != "device"}) == 1
+    asked.clear()
+    two = [generate.generate(model, [[1, 2, 3]], 5, compiled=True) for _ in range(2)]
+    for _ in zip(*two, strict=True):  # in turn
+        pass
+    used = [id(x) for what, x in asked if what == "on stream"]
+    assert used[:2] * 4 == used and used[0] != used[1]
+    assert [what for what, _ in asked].count("new stream") == 1
+    assert len(cuda.IDLE[here]) == 2
 
 
 def test_a_graph_keeps_what_it_reads(monkeypatch):
