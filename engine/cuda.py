@@ -181,7 +181,7 @@ def token_logits(
 
 
 # ---------------------------------------------------------------------------------------- capturing
-# Streams that no living graph is on, by device. Libraries keep a workspace for each stream they saw,
+# Streams that no living graph is on, by device. Libraries keep a workspace for each stream seen,
 # so that a new stream for each reply would leak; and PyTorch 2.13 frees a stream's workspaces with
 # any graph captured on it (pytorch#193402), so that two living graphs may not share one.
 IDLE: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
