@@ -276,7 +276,7 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
 
     def run(layer: DecoderLayer, x: Tensor, rope: list, mask: Tensor, past: list) -> Tensor:
         for tensor, dim in ((mask, 3), (past[0], 2), (past[1], 2)):
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)  # S: else each bucket compiles anew
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)  # or each bucket compiles anew
         return compiled(layer, x, rope, mask, past, form)
 
     return captured(model, run, cache, pads, choose)
