@@ -218,12 +218,10 @@ def bucket(length: int, most: int) -> int:
 def captured(
     model: GraniteMoeForCausalLM, run: Callable, cache: KVCache, pads: Tensor, choose: Step
 ) -> Step:
-    """The step that replays a CUDA graph of token_logits and choose: one launch a step.
-
-    The graph is captured at the first call, on a view of the cache, and anew when that is full.
+    """The step that replays a CUDA graph of token_logits and choose: one launch a step. It is
+    captured at the first call, on a part of the cache, and anew when that is full.
     See generate.plain_step for the arguments."""
-    ids, at = torch.zeros_like(pads), torch.zeros_like(pads[0])
-    uniform = torch.zeros_like(pads, dtype=torch.float64)
+    ids, at, uniform = torch.zeros_like(pads), torch.zeros_like(pads[0]), pads.double()
     room, graph, new, idle = 0, None, None, IDLE[pads.device]
     stream = idle.pop() if idle else torch.cuda.Stream(pads.device)
 
