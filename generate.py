@@ -89,9 +89,9 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def pick_forms(forms: tuple[str, str], device: torch.device, dtype: torch.dtype) -> list[str]:
     """Names of attention and experts, with "auto" replaced by the fastest for device and dtype.
-    "blocks" and "runs" are engine/cpu.py's; all forms give the same numbers."""
+    Names that granitemoe.py lacks are the engine's; all forms give the same numbers."""
     attention = "blocks" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
-    fastest = (attention, "batched" if device.type == "cuda" else "runs")
+    fastest = ("fused", "batched") if device.type == "cuda" else (attention, "runs")
     return [best if form == "auto" else form for form, best in zip(forms, fastest, strict=True)]
 
 
@@ -115,6 +115,8 @@ def generate(
     context = model.config.max_position_embeddings
     context = min(context, cache.max_length) - cache.length if cache else context
     check_prompts(prompts, model.config.vocab_size - 1, context)
+    if compiled and (kind := model.model.norm.weight.device.type) not in ("cpu", "cuda"):
+        raise ValueError(f"compiled: there is no such step on {kind}, only on cpu and cuda")
     if cache and len(prompts) > 1:
         raise ValueError(f"prompts: must be one with a cache, got {len(prompts)}")
     limits = [min(max_new_tokens, context - len(ids)) for ids in prompts]
@@ -144,8 +146,9 @@ def _steps(
     for chunk in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
         new = step(chunk, uniform)  # the last chunk's counts
     if compiled and max(limits) > 1:
-        engine = cuda if device.type == "cuda" else cpu
-        step = engine.token_step(model, cache, pads, choose)
+        step = (cuda if device.type == "cuda" else cpu).token_step(model, cache, pads, choose)
+    elif cuda.CAPTURE_ALWAYS and device.type == "cuda":
+        step = cuda.capture(model, cache, pads, choose)
     for count in range(max(limits)):
         ids = new.tolist()  # synchronises with the host
         if -1 in ids:  # next_ids' mark
@@ -186,11 +189,9 @@ def check_prompts(prompts: list[list[int]], last: int, context: int) -> None:
             raise ValueError(f"prompts[{row}]: must be a list of ids, not empty")
         for at, i in enumerate(ids):
             if type(i) is not int or not 0 <= i <= last:
-                where = f"prompts[{row}][{at}]: {i!a:.40}"
-                raise ValueError(f"{where} must be an integer from 0 to {last}")
+                raise ValueError(f"prompts[{row}][{at}]: {i!a:.40} must be an id from 0 to {last}")
         if len(ids) > context:
-            has = f"has {len(ids)} tokens, the context has room for {context}"
-            raise ValueError(f"prompts[{row}]: {has}")
+            raise ValueError(f"prompts[{row}]: has {len(ids)} tokens, room is for {context}")
 
 
 # ------------------------------------------------------------------------------------ the next id
@@ -236,8 +237,7 @@ def sampling_probs(
     In order: divide by the temperature (0 puts all on the most likely id, the lowest of several),
     keep the top_k largest, the smallest set that holds top_p of the mass (arXiv 1904.09751), and
     what has at least min_p of the largest probability (arXiv 2407.01082)."""
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    return filtered_probs(logits.float(), sampling)
+    return filtered_probs(logits.float(), Sampling(0, temperature, top_k, top_p, min_p))
 
 
 def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -245,14 +245,14 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    cut = 0 < sampling.top_k < logits.shape[-1]
     if sampling.top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
-        tail[..., -1] = False  # the largest always stays
-        logits = logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
+        top, order = logits.topk(sampling.top_k) if cut else logits.sort(descending=True)
+        probs = top.softmax(dim=-1)
+        top = top.masked_fill(probs.cumsum(dim=-1) - probs >= sampling.top_p, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, top)
+    elif cut:
+        logits.masked_fill_(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
     if sampling.min_p > 0:
         probs = logits.softmax(dim=-1)
         low = probs < sampling.min_p * probs.amax(dim=-1, keepdim=True)

@@ -325,7 +325,7 @@ def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tenso
 
 def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
     """Each expert's matrix (outputs, inputs) times its own run of rows (M, inputs)."""
-    if rows.dtype == torch.float64:
+    if rows.dtype == torch.float64 or rows.device.type == "mps":
         raise ValueError(f"experts_backend: 'grouped' cannot run on {rows.device} in {rows.dtype}")
     _, outputs, inputs = weights.shape
     pad_out, pad_in = (-size % (16 // rows.element_size()) for size in (outputs, inputs))
@@ -362,11 +362,10 @@ EXPERTS = {"loop": experts_loop, "grouped": experts_grouped, "gathered": experts
 def choose_experts(backend: str, device: torch.device, assignments: int, E: int) -> str:
     """The name in EXPERTS of what runs. "auto" is "batched" on CUDA, where the loop's synchronising
     costs most, else "loop"; "batched" is "gathered" for up to E assignments, "grouped" beyond."""
-    if backend == "auto":
-        backend = "batched" if device.type == "cuda" else "loop"
-    if backend == "batched":
-        backend = "gathered" if assignments <= E else "grouped"
-    return backend
+    if backend == "batched" or (backend == "auto" and device.type == "cuda"):
+        many = "loop" if device.type == "mps" else "grouped"  # which MPS lacks in PyTorch 2.11
+        return "gathered" if assignments <= E else many
+    return "loop" if backend == "auto" else backend
 
 
 class ExpertWeights(nn.Module):

@@ -136,6 +136,12 @@ def report(model: "GraniteMoeForCausalLM", prompts: list, made: list, times: lis
         note(f"[the context of {context} tokens is full]")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """In the words of PyTorch's allocators and of drivers; an illegal memory access is no such."""
+    words = "out of memory|allocate memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+
+
 def run(command: Callable[[], None]) -> int:
     """Run the command; returns its exit status, after at most one line of error."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -153,7 +159,7 @@ def run(command: Callable[[], None]) -> int:
     except (ValueError, OSError) as error:
         status, message = 1, str(error)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not out_of_memory(error):
             raise
         status, message = 1, "out of memory: try a shorter or smaller batch, or another --dtype"
     if status:

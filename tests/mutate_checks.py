@@ -23,7 +23,7 @@ FILES = (
     "granitemoe.py", "generate.py", "engine/checkpoint.py", "engine/tokenizer.py",
     "engine/chat.py", "engine/terminal.py", "engine/cuda.py",
 )  # fmt: skip
-ROOMS = ("generation", "checkpoint", "tokenizer", "chat", "cpu", "command")
+ROOMS = ("generation", "checkpoint", "tokenizer", "chat", "cpu", "cuda", "command")
 TESTS = [f"tests/test_{name}.py" for name in ROOMS]
 SLOW = "soak or fuzz or memory_while or without_asserts or threads or auto or asked_for or drop_as"
 ANYTHING = ast.parse("lambda x: True", mode="eval").body

@@ -6,6 +6,7 @@ models which are not the same.
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,19 @@ def test_a_quick_run(tmp_path):
 def test_a_plot_needs_matplotlib():
     done = run("--dims", "tiny", "--plot", "plot.svg")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "matplotlib" in done.stderr
+
+
+def test_the_first_minutes_on_a_card(tmp_path):
+    """Every line of gpu.sh, on a CPU at toy sizes: each probe ends well and has its rows."""
+    env = os.environ | {"DRY": "1", "OUT": str(tmp_path), "PY": sys.executable}
+    script = BENCH.with_name("gpu.sh")
+    done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "!!!" not in done.stdout + done.stderr, done.stdout
+    table = (tmp_path / "log").read_text()
+    steps = [
+        f"{name} step, {n} rows" for name, n in (("captured", 1), ("compiled", 1), ("compiled", 64))
+    ]
+    for what in ("plain step", "memory growth", "decode 1, ours: times transformers eager", *steps):
+        assert f"| {what}" in table, what
+    for what in steps:
+        assert f"{what}: launches a layer" in table and f"{what}, 32 tokens: error | 0 |" in table

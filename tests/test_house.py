@@ -26,7 +26,7 @@ KNOWS = {  # what of ours each room may import
     "generate.py": {"engine", "granitemoe"},
     "engine": {"engine", "granitemoe"},
     "test_granitemoe.py": {"generate", "granitemoe"},
-    "bench": {"generate", "granitemoe"},
+    "bench": {"bench", "generate", "granitemoe"},
     "lessons": {"generate", "granitemoe"},
     "tiny": {"granitemoe"},
     "tests": {"generate", "granitemoe", "lessons", "test_granitemoe"},
