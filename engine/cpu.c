@@ -1,12 +1,10 @@
 /* The token step of granitemoe.py once more, in plain C: B rows, one new token each, ids to logits.
-
    Sections, names, order and dimension key are granitemoe.py's; L layers, S slots of the cache and
    N = B tokens. Weights and cache are read where PyTorch keeps them, and written there. cpu.py
    builds this, fills in a Model and calls the last function. Each thread runs all of it, but its
    SHARE of a loop, and then waits. bfloat16 is rounded where PyTorch rounds it. */
 #include <math.h>
 #include <stdint.h>
-
 typedef int64_t Int;
 typedef union { float x; uint32_t bits; } Bits;
 #define SHARE(i, n) _Pragma("omp for") for (Int i = 0; i < (n); i++)
@@ -50,35 +48,37 @@ typedef VECTOR(BYTES / 2, WEIGHT) Halves; typedef VECTOR(BYTES, uint32_t) Words;
 #endif
 enum { STEP = sizeof(Some) / sizeof(Act) };
 
-/* sums[t] = weight (n) . x[t] (n) for T rows x, which share the reading of the weight */
+/* y[t] (outputs) = w (outputs, n) . x[t] (n) for T rows x, which share the reading of w */
 static inline __attribute__((always_inline)) void
-dot(const WEIGHT *weight, const Act *const *x, Int n, float *sums, const int T) {
-    Floats sum[4][2] = {0}; /* in two parts: an addition waits for the one before it */
-    Int i = 0;
-    for (; i + 2 * STEP <= n; i += 2 * STEP)
-        for (int p = 0; p < 2; p++) {
-            const Some some = some_weights(weight + i + p * STEP);
-            for (int t = 0; t < T; t++)
-                sum[t][p] = add(sum[t][p], some, *(const Some *)(x[t] + i + p * STEP));
+dot(const WEIGHT *w, Int outputs, const Act *const *x, Int n, float *const *y, const int T) {
+    for (Int o = 0, i; o < outputs; o++, w += n) {
+        Floats sum[4][2] = {0}; /* in two parts: an addition waits for the one before it */
+        for (i = 0; i + 2 * STEP <= n; i += 2 * STEP)
+            for (int p = 0; p < 2; p++) {
+                const Some some = some_weights(w + i + p * STEP);
+                for (int t = 0; t < T; t++)
+                    sum[t][p] = add(sum[t][p], some, *(const Some *)(x[t] + i + p * STEP));
+            }
+        for (int t = 0; t < T; t++) {
+            const Floats all = sum[t][0] + sum[t][1];
+            y[t][o] = 0;
+            for (unsigned j = 0; j < sizeof all / sizeof **y; j++) y[t][o] += all[j];
         }
-    for (int t = 0; t < T; t++) {
-        const Floats all = sum[t][0] + sum[t][1];
-        sums[t] = 0;
-        for (unsigned j = 0; j < sizeof all / sizeof *sums; j++) sums[t] += all[j];
+        for (; i < n; i++)
+            for (int t = 0; t < T; t++) y[t][o] += wide(w[i]) * wide(x[t][i]);
     }
-    for (; i < n; i++)
-        for (int t = 0; t < T; t++) sums[t] += wide(weight[i]) * wide(x[t][i]);
 }
 
-/* dot with the next rows of x (., n) that a list names: T of those left, which it returns. */
-static int dots(const WEIGHT *w, const Act *x, const Int *list, Int left, Int n, float *sums) {
+/* dot for the next rows, T of those left: from[t] of x (., n), to[t] of y (., stride) */
+static int dots(const WEIGHT *w, Int outputs, const Act *x, const Int *from, Int left, Int n,
+                float *y, const Int *to, Int stride) {
     const int T = left < 4 ? left : 4;
-    const Act *rows[4];
-    for (int t = 0; t < T; t++) rows[t] = x + list[t] * n;
-    if (T == 1) dot(w, rows, n, sums, 1); /* constants: the sums have to be in registers */
-    if (T == 2) dot(w, rows, n, sums, 2);
-    if (T == 3) dot(w, rows, n, sums, 3);
-    if (T == 4) dot(w, rows, n, sums, 4);
+    const Act *rows[4]; float *sums[4];
+    for (int t = 0; t < T; t++) rows[t] = x + from[t] * n, sums[t] = y + to[t] * stride;
+    if (T == 1) dot(w, outputs, rows, n, sums, 1); /* constants: sums have to be in registers */
+    if (T == 2) dot(w, outputs, rows, n, sums, 2);
+    if (T == 3) dot(w, outputs, rows, n, sums, 3);
+    if (T == 4) dot(w, outputs, rows, n, sums, 4);
     return T;
 }
 
@@ -137,21 +137,19 @@ static void attend(const Model *m, Int layer, Int b, Int g) {
     const Int C = m->C, heads = m->H / m->G, start = m->pads[b], at = m->at, room = m->S + 3;
     const Int head = b * m->G + g, slots = (layer * m->B * m->G + head) * m->S;
     WEIGHT *keys = m->keys + slots * C, *values = m->values + slots * C;
-    float *q = m->q + head * heads * C, *scores = m->scores + head * heads * room, sums[4];
+    float *q = m->q + head * heads * C, *scores = m->scores + head * heads * room;
     Act *mixed = m->mixed + head * heads * C; /* holds the queries, then what comes of them */
     rotate(m, b, m->k + head * C);
     for (Int c = 0, new = at * C; c < C; c++, new++)
         keys[new] = narrow(m->k[head * C + c]), values[new] = narrow(m->v[head * C + c]);
     for (Int h = 0; h < heads; h++) rotate(m, b, q + h * C);
     for (Int i = 0; i < heads * C; q[i++] = 0) mixed[i] = act(q[i]);
-    for (Int s = start; s <= at; s++)
-        for (Int h = 0, T; h < heads; h += T) {
-            T = dots(keys + s * C, mixed, m->every + h, heads - h, C, sums);
-            for (Int t = 0; t < T; t++)
-                scores[(h + t) * room + s] = sums[t] * m->attention_multiplier;
-        }
+    for (Int h = 0; h < heads; h += 4)
+        dots(keys + start * C, at + 1 - start, mixed, m->every + h, heads - h, C, scores + start,
+             m->every + h, room);
     for (Int h = 0; h < heads; h++) {
         float *p = scores + h * room, *y = q + h * C;
+        for (Int s = start; s <= at; s++) p[s] *= m->attention_multiplier;
         softmax(p + start, at + 1 - start);
         p[at + 1] = p[at + 2] = p[at + 3] = 0;
         for (Int s = start; s <= at; s += 4) { /* by fours, so that y is read and written less */
@@ -165,17 +163,19 @@ static void attend(const Model *m, Int layer, Int b, Int g) {
     }
 }
 
-/* y (M, outputs) = x (., inputs) . w (E, outputs, inputs): each expert has a run of the rows,
-   which two lists name, in x and in y. All threads share each expert, and wait at the end. */
-static void product(const WEIGHT *w, Int E, const Int *ends_E, const Act *x, const Int *from,
-                    Int inputs, Int outputs, float *y, const Int *to) {
-    float sums[4];
+/* y (M, outputs) = x (., n) . w (E, outputs, n): each expert has a run of the rows, which two lists
+   name, in x and in y. All threads share each expert, and wait at the end. */
+static void product(const WEIGHT *w, Int E, const Int *ends_E, const Act *x, const Int *from, Int n,
+                    Int outputs, float *y, const Int *to) {
     for (Int e = 0, start = 0; e < E; start = ends_E[e++])
 #pragma omp for nowait
-        for (Int o = 0; o < outputs; o++)
+        for (Int o = 0; o < outputs; o += 8) /* few, which other rows then find near */
             for (Int i = start, T; i < ends_E[e]; i += T) {
-                T = dots(w + (e * outputs + o) * inputs, x, from + i, ends_E[e] - i, inputs, sums);
-                for (Int t = 0; t < T; t++) y[to[i + t] * outputs + o] = rounded(sums[t]);
+                const Int few = outputs - o < 8 ? outputs - o : 8, left = ends_E[e] - i;
+                T = dots(w + (e * outputs + o) * n, few, x, from + i, left, n, y + o, to + i, outputs);
+                for (Int t = i; t < i + T; t++)
+                    for (float *sum = y + to[t] * outputs + o, *end = sum + few; sum < end; sum++)
+                        *sum = rounded(*sum);
             }
 #pragma omp barrier
 }
