@@ -4,6 +4,7 @@
     python bench/bench.py --model FOLDER --peer transformers  a checkpoint
     ... --scale                              our modes only, against length, batch and capacity
     ... --profile                            where the time goes
+    ... --llama-bench PATH --gguf FILE       llama.cpp too: see README.md here
 
 Random weights are made in memory and shared by both, so that neither disk nor page cache is
 measured. In each item every mode (modes.py) runs once, its logits are compared with those of our
@@ -13,8 +14,9 @@ and the highest. A prefill's step is its time to the first token.
 "of limit" is the least time in which the machine could do it over the time that it took. The least
 is the larger of bytes / (bytes a second of a sum or a copy) and FLOPs / (FLOPs a second of a
 matmul), timed in the same run. The bytes are what a step has to read once: attention, router and
-head, of the experts those that its tokens chose, cached keys and values. "peak MB" is the memory
-that a mode's first step added, its cache included.
+head, of the experts those that its tokens chose, cached keys and values. "bare read" is a C program
+that reads as many bytes, in turn with the modes: where it runs, it is the limit of them.
+"peak MB" is the memory that a mode's first step added, its cache included.
 """
 
 import argparse
@@ -42,6 +44,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # compiling ta
 import report  # noqa: E402
 import torch  # noqa: E402
 from modes import DIMS, MODES, Ours, fill, peer_of, random_model  # noqa: E402
+from others import Work, bare_read, llama  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
@@ -168,6 +171,8 @@ class Bench:
     full: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     limits: tuple[float, float] = (0.0, 0.0)
+    read: Callable[[int], int] | None = None  # so many bytes, in C
+    llama: tuple[Path, Path] | None = None  # the program, and the model's file
 
     def ids(self, *shape: int) -> Tensor:
         """Random ids: no two rows alike, and the same ones for every mode."""
@@ -235,7 +240,16 @@ class Bench:
         eager = set(name.split()).isdisjoint(("compiled", "graph"))  # else it compiled in there
         return work, row | {"peak": peak if eager else None, "first": None if eager else seconds[0]}
 
-    def alternate(self, works: dict[str, Callable[[int], float]]) -> dict[str, list[float]]:
+    def others(self, item: Item, known: dict[str, Any]) -> dict[str, Work]:
+        """What is no mode, and is measured in turn with them."""
+        works: dict[str, Work] = {}
+        if self.read and item.past:
+            works["bare read"] = lambda turn: timed(lambda: self.read(known["bytes"]), self.device)
+        if self.llama:
+            works["llama.cpp"] = llama(item, *self.llama)
+        return works
+
+    def alternate(self, works: dict[str, Work]) -> dict[str, list[float]]:
         """Seconds of each work, in turn: three rounds (two that last minutes), more if short."""
         times: dict[str, list[float]] = {name: [] for name in works}
         least, budget = (2, 0) if self.quick else (3, 15)  # rounds, seconds
@@ -265,6 +279,9 @@ class Bench:
                 if not name.startswith("transformers"):
                     raise ValueError(f"{name}: {error}") from None
                 note(f"{item.name}, {name}: {str(error).strip().splitlines()[0]:.120}")
+        for name, work in self.others(item, known).items():
+            works[name], rows[name] = work, dict.fromkeys(("difference", "peak", "first"))
+            rows[name]["mode"] = name
         for name, seconds in self.alternate(works).items():
             self.rows.append(known | rows[name] | {"seconds": seconds})
             note(f"{item.name}, {name}: {statistics.median(seconds) * 1e3:.2f} ms a step")
@@ -428,8 +445,12 @@ def parse_args() -> argparse.Namespace:
     add("--scale", action="store_true", help="only: our side against length, batch and capacity")
     add("--json", type=Path, metavar="FILE", help="write every figure")
     add("--plot", type=Path, metavar="FILE", help="draw achieved against possible, SVG")
+    add("--llama-bench", type=Path, metavar="PATH", help="llama.cpp's program, to measure it too")
+    add("--gguf", type=Path, metavar="FILE", help="the same weights for it: see bench/README.md")
     add("--load-alone", nargs=3, help=argparse.SUPPRESS)  # how it calls itself
     args = parser.parse_args()
+    if bool(args.llama_bench) != bool(args.gguf):
+        raise ValueError("--llama-bench, --gguf: needs both")
     if not args.model and not args.dims:
         args.dims = "1b"
     if args.plot and not find_spec("matplotlib"):
@@ -454,6 +475,8 @@ def main() -> None:
     if peer:
         peer_of(model, None)  # its imports take memory that is no step's
     bench = Bench(model, peer, device, args.quick, args.quick or args.scale, args.full)
+    if device.type == "cpu":
+        bench.read, bench.llama = bare_read(), args.gguf and (args.llama_bench, args.gguf)
     if whole:
         out["load"] = measure_load(bench)
     if args.profile:

@@ -133,7 +133,7 @@ class Mode(NamedTuple):
 BOTH, part = "cpu cuda", functools.partial
 MODES = {
     "ours": Mode(Ours),
-    "ours compiled": Mode(part(Ours, door=cpu.token_step), "cpu", False, 1),
+    "ours compiled": Mode(part(Ours, door=cpu.token_step), "cpu", False),
     "ours graph": Mode(part(Ours, door=cuda.capture), "cuda", False),
     "ours compiled graph": Mode(part(Ours, door=cuda.token_step), "cuda", False),
     "transformers default": Mode(Peer),  # grouped_mm, and the cache that grows

@@ -171,8 +171,8 @@ static void product(const WEIGHT *w, Int E, const Int *ends_E, const Act *x, con
 #pragma omp for nowait
         for (Int o = 0; o < outputs; o += 8) /* few, which other rows then find near */
             for (Int i = start, T; i < ends_E[e]; i += T) {
-                const Int few = outputs - o < 8 ? outputs - o : 8, left = ends_E[e] - i;
-                T = dots(w + (e * outputs + o) * n, few, x, from + i, left, n, y + o, to + i, outputs);
+                const Int few = outputs - o < 8 ? outputs - o : 8, M = ends_E[e] - i;
+                T = dots(w + (e * outputs + o) * n, few, x, from + i, M, n, y + o, to + i, outputs);
                 for (Int t = i; t < i + T; t++)
                     for (float *sum = y + to[t] * outputs + o, *end = sum + few; sum < end; sum++)
                         *sum = rounded(*sum);

@@ -335,7 +335,7 @@ FAULTS = {  # each in a copy of the C text
                             "*up = m->rows_MP + i * 2 * F, *gate = up + F"),
     "a scalar dropped": (") * m->residual_multiplier", ")"),
     "logits not scaled": ("m->logits[i] / m->logits_scaling", "m->logits[i]"),
-    "scores not scaled": ("sums[t] * m->attention_multiplier", "sums[t]"),
+    "scores not scaled": ("p[s] *= m->attention_multiplier", "p[s] *= 1"),
     "one head too far": ("*p = scores + h * room", "*p = scores + (h + 1) % heads * room"),
     "one expert short": ("i < n * K + K; i++", "i < n * K + K - 1; i++"),
     "the tail of a vector left out": ("for (; i < n; i++)", "for (; i < n && n < 0; i++)"),
