@@ -115,8 +115,6 @@ def generate(
     context = model.config.max_position_embeddings
     context = min(context, cache.max_length) - cache.length if cache else context
     check_prompts(prompts, model.config.vocab_size - 1, context)
-    if compiled and (kind := model.model.norm.weight.device.type) not in ("cpu", "cuda"):
-        raise ValueError(f"compiled: there is no such step on {kind}, only on cpu and cuda")
     if cache and len(prompts) > 1:
         raise ValueError(f"prompts: must be one with a cache, got {len(prompts)}")
     limits = [min(max_new_tokens, context - len(ids)) for ids in prompts]
@@ -245,14 +243,18 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
-    cut = 0 < sampling.top_k < logits.shape[-1]
-    if sampling.top_p < 1:
-        top, order = logits.topk(sampling.top_k) if cut else logits.sort(descending=True)
-        probs = top.softmax(dim=-1)
-        top = top.masked_fill(probs.cumsum(dim=-1) - probs >= sampling.top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, top)
-    elif cut:
-        logits.masked_fill_(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
+    likely, V = None, logits.shape[-1]
+    if 0 < sampling.top_k < V:
+        top = logits.topk(min(sampling.top_k + 64, V), dim=-1)  # room for ties with the K-th
+        likely = top.indices.sort(dim=-1).values
+        logits = logits.masked_fill(logits < top.values[..., sampling.top_k - 1, None], -torch.inf)
+    if sampling.top_p < 1:  # of the whole vocabulary, sorting would take longer than the model
+        kept = logits if likely is None else logits.gather(-1, likely)
+        ascending, order = kept.sort(dim=-1, stable=True)
+        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
+        tail[..., -1] = False  # the largest always stays
+        kept = kept.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
+        logits = kept if likely is None else logits.scatter(-1, likely, kept)
     if sampling.min_p > 0:
         probs = logits.softmax(dim=-1)
         low = probs < sampling.min_p * probs.amax(dim=-1, keepdim=True)
@@ -465,8 +467,7 @@ def open_model(args: argparse.Namespace, folder: Path) -> GraniteMoeForCausalLM:
     E, engine = c.num_local_experts, cuda if args.device.type == "cuda" else cpu
     forms = [choose_experts(c.experts_backend, args.device, M, E) for M in (1, E + 1)]
     names = f"attention: {c.attention_backend}, experts: {'/'.join(dict.fromkeys(forms))}"
-    if args.compile:
-        names += f", compiled steps: {engine.step_form(model, max(1, len(args.prompts)))}"
+    names += engine.remark(model, max(1, len(args.prompts)) if args.compile else 0)
     size = f"{total:.1f} M parameters, {active:.1f} M active"
     terminal.note(f"[{size}; {args.device}, {dtype}, {names}; loaded in {loaded:.2f} s]")
     return model

@@ -23,6 +23,7 @@ import argparse
 import json
 import operator
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # compiling ta
 import report  # noqa: E402
 import torch  # noqa: E402
 from modes import DIMS, MODES, Ours, fill, peer_of, random_model  # noqa: E402
-from others import Work, bare_read, llama  # noqa: E402
+from others import Reader, Work, llama  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
@@ -55,6 +56,7 @@ from torch.nn.modules.module import (  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
 import generate  # noqa: E402
+from generate import cpu  # noqa: E402
 from granitemoe import GraniteMoeForCausalLM as Model  # noqa: E402
 from granitemoe import KVCache  # noqa: E402
 
@@ -171,7 +173,7 @@ class Bench:
     full: bool
     rows: list[dict[str, Any]] = field(default_factory=list)
     limits: tuple[float, float] = (0.0, 0.0)
-    read: Callable[[int], int] | None = None  # so many bytes, in C
+    reader: Reader | None = None
     llama: tuple[Path, Path] | None = None  # the program, and the model's file
 
     def ids(self, *shape: int) -> Tensor:
@@ -243,8 +245,8 @@ class Bench:
     def others(self, item: Item, known: dict[str, Any]) -> dict[str, Work]:
         """What is no mode, and is measured in turn with them."""
         works: dict[str, Work] = {}
-        if self.read and item.past:
-            works["bare read"] = lambda turn: timed(lambda: self.read(known["bytes"]), self.device)
+        if self.reader and item.past:
+            works["bare read"] = lambda turn: self.reader.seconds(known["bytes"])
         if self.llama:
             works["llama.cpp"] = llama(item, *self.llama)
         return works
@@ -258,6 +260,8 @@ class Bench:
             spent = time.perf_counter() - began
             if (turn >= least and spent > budget) or (turn >= 2 and spent > 4 * budget):
                 break
+            if self.reader:  # while another program ran, a system may have put the weights aside
+                self.reader.touch(*self.model.parameters())
             for name, work in works.items():
                 times[name].append(work(turn))
         return times
@@ -476,7 +480,8 @@ def main() -> None:
         peer_of(model, None)  # its imports take memory that is no step's
     bench = Bench(model, peer, device, args.quick, args.quick or args.scale, args.full)
     if device.type == "cpu":
-        bench.read, bench.llama = bare_read(), args.gguf and (args.llama_bench, args.gguf)
+        bench.reader = Reader() if shutil.which(cpu.compiler()[0]) else None
+        bench.llama = args.gguf and (args.llama_bench, args.gguf)
     if whole:
         out["load"] = measure_load(bench)
     if args.profile:

@@ -4,37 +4,46 @@ import ctypes
 import json
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from generate import cpu
 
 Work = Callable[[int], float]  # from the number of a round to the seconds of a step
 
 
-def bare_read() -> Callable[[int], int] | None:
-    """A function that reads so many bytes of memory, in C; None without a compiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        file, source = f"{folder}/read.so", str(Path(__file__).with_name("read.c"))
-        line = [*cpu.compiler(), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        try:
-            subprocess.run([*line, source, "-o", file], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        read_all = ctypes.CDLL(file).read_all
-    memory = torch.ones(2**28)  # 1 GiB: no cache holds it
-    threads, start = torch.get_num_threads(), ctypes.c_void_p(memory.data_ptr())
+class Reader:
+    """Reads memory in C, with as many threads as PyTorch has. Raises ValueError without a compiler."""
 
-    def read(count: int) -> int:
-        whole, rest = divmod(int(count), memory.nbytes)
-        for size in [memory.nbytes] * whole + [rest]:
-            read_all(start, ctypes.c_int64(size), threads)
-        return memory.nbytes  # which keeps it
+    def __init__(self) -> None:
+        self.memory = torch.ones(2**28)  # 1 GiB: no cache holds it
+        with tempfile.TemporaryDirectory() as folder:
+            file, source = f"{folder}/read.so", str(Path(__file__).with_name("read.c"))
+            line = [*cpu.compiler(), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+            try:
+                subprocess.run([*line, source, "-o", file], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise ValueError(f"bare read: {error}") from None
+            self.library = ctypes.CDLL(file)
 
-    return read
+    def touch(self, *tensors: Tensor) -> None:
+        """All their bytes, as far as each is at hand in one piece."""
+        for x in tensors:
+            where, size = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes)
+            self.library.read_all(where, size, torch.get_num_threads())
+
+    def seconds(self, count: float) -> float:
+        """How long so many bytes take, once the memory has been touched."""
+        self.touch(self.memory)
+        whole, rest = divmod(int(count), self.memory.nbytes)
+        began = time.perf_counter()
+        self.touch(*[self.memory] * whole, self.memory[: rest // 4])
+        return time.perf_counter() - began
 
 
 def run(program: Path, *arguments: Any) -> list[dict[str, Any]]:

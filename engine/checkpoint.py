@@ -294,16 +294,16 @@ def read_tensors(
     ahead: deque = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for name in sorted(stored, key=lambda name: (stored[name].path, stored[name].offsets)):
-            ahead.append((name, pool.submit(read_tensor, name, stored[name], dtype, device)))
+            ahead.append((name, pool.submit(read_tensor, name, stored[name])))
             if len(ahead) > READERS:
-                done, tensor = ahead.popleft()
-                yield done, tensor.result()
-        for name, tensor in ahead:
-            yield name, tensor.result()
+                name, raw = ahead.popleft()
+                yield name, checked(name, stored[name], raw.result(), dtype).to(device)
+        for name, raw in ahead:
+            yield name, checked(name, stored[name], raw.result(), dtype).to(device)
 
 
-def read_tensor(name: str, at: Stored, dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """One of them. What reads and looks at numbers lets other threads run."""
+def read_tensor(name: str, at: Stored) -> Tensor:
+    """One of them as it is stored. Reading lets other threads run."""
     tensor = fresh(at.shape, ON_DISK[at.dtype])
     with naming(at.path), at.path.open("rb", buffering=0) as file:
         require(state_of(file) == at.state, f"{name}: changed while loading")
@@ -313,12 +313,18 @@ def read_tensor(name: str, at: Stored, dtype: torch.dtype, device: str | torch.d
             got = file.readinto(rest)
             require(got, f"{name}: changed while loading")
             rest = rest[got:]
+    return tensor
+
+
+def checked(name: str, at: Stored, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Finite, and cast. Not by the threads that read: with PyTorch's own they would be too many."""
+    with naming(at.path):
         for target in dict.fromkeys((tensor.dtype, dtype)):  # a cast can overflow too
             tensor = tensor.to(target)
             low, high = torch.aminmax(tensor)  # one pass; NaN shows in both
             finite = torch.isfinite(low) and torch.isfinite(high)
             require(finite, f"{name}: has NaN or infinite values (as {target})")
-    return tensor.to(device)
+    return tensor
 
 
 def fresh(shape: tuple, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -33,11 +34,11 @@ from granitemoe import (
     swiglu,
 )
 
-BLOCK = 64  # queries
+BLOCK = 128  # queries
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """attend_eager for 64 queries at a time, whose scores stay in the processor's cache.
+    """attend_eager for 128 queries at a time, whose scores stay in the processor's cache.
 
     In bfloat16, a prompt takes half the time of PyTorch's kernel. One query is left to attend_sdpa.
     A mask, where there is one, must be causal too, as the model's is.
@@ -270,8 +271,13 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
     return step
 
 
-def step_form(model: GraniteMoeForCausalLM, rows: int) -> str:
-    """What a compiled step of so many rows is, in words."""
-    built = library(model.model.norm.weight.dtype)
-    parallel = any(hasattr(built, name) for name in ("GOMP_parallel", "__kmpc_fork_call"))
-    return "C" if parallel else "C, in one thread (its compiler has no OpenMP)"
+def remark(model: GraniteMoeForCausalLM, rows: int) -> str:
+    """For the command: what the compiled steps of so many rows are or, of none, what they would
+    bring (measured: bench/RESULTS.md). To build them pays where there are many parameters."""
+    weight = model.model.norm.weight
+    if rows:
+        built = library(weight.dtype)
+        parallel = any(hasattr(built, name) for name in ("GOMP_parallel", "__kmpc_fork_call"))
+        return ", compiled steps: C" + ", in one thread (no OpenMP)" * (not parallel)
+    large = model.num_parameters() > 1e8 and weight.device.type == "cpu" and weight.dtype in DTYPES
+    return "; --compile decodes 3 x as fast" if large and shutil.which(compiler()[0]) else ""

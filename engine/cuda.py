@@ -14,7 +14,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from granitemoe import (
     ATTENTION,
@@ -83,8 +82,11 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop
         if T == 1:
             return attend_sdpa(q, k, v, mask, scale, drop)
         k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
-        bias = causal_lower_right(T, S) if mask is None else mask  # the former is no T x S matrix
-        return F.scaled_dot_product_attention(q, k, v, bias, drop, scale=scale)
+        if mask is None:  # imported here: it brings PyTorch's compiler, a second
+            from torch.nn.attention.bias import causal_lower_right
+
+            mask = causal_lower_right(T, S)  # no T x S matrix
+        return F.scaled_dot_product_attention(q, k, v, mask, drop, scale=scale)
 
 
 # ------------------------------------------------------------------------------------------ experts
@@ -278,3 +280,11 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
         return compiled(layer, x, rope, mask, past, form)
 
     return captured(model, run, cache, pads, choose)
+
+
+def remark(model: GraniteMoeForCausalLM, rows: int) -> str:
+    """For the command: how compiled steps of so many rows run, if there are any, and whether a
+    prompt's experts wait for the device."""
+    weight = model.model.norm.weight
+    steps = f", compiled steps: captured, {step_form(model, rows)}" if rows else ""
+    return " (synchronises)" * (not grouped_kernel(weight.device, weight.dtype)) + steps

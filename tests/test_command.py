@@ -559,3 +559,10 @@ def test_fuzz():
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(line, capture_output=True, text=True, env=env, timeout=600)
     assert ran.returncode == 0 and "300 cases of seed 0: 0 wrong" in ran.stdout, ran.stdout
+
+
+def test_a_start_imports_no_compiler():
+    """PyTorch's own takes a second, and nothing needs it before a step is compiled for CUDA."""
+    code = "import sys, generate; print([m for m in sys.modules if m.startswith('torch._dynamo.')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

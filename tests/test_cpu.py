@@ -523,7 +523,7 @@ def test_a_compiler_that_fails(text, words, fresh, folder, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("lacks, form", (
-    ("-fopenmp", "C, in one thread .*"), ("-march=native", "C"), ("nothing", "C"),
+    ("-fopenmp", "C, in one thread .no OpenMP."), ("-march=native", "C"), ("nothing", "C"),
 ))  # fmt: skip
 def test_what_a_compiler_lacks(lacks, form, fresh, folder, tmp_path, monkeypatch):
     """OpenMP, or the name that others have for this processor."""
@@ -531,7 +531,18 @@ def test_what_a_compiler_lacks(lacks, form, fresh, folder, tmp_path, monkeypatch
     monkeypatch.setenv("CC", script(tmp_path, text))
     model = generate.load_model(folder)
     assert collect(model, PROMPTS, 5, compiled=True) == collect(model, PROMPTS, 5)
-    assert re.fullmatch(form, cpu.step_form(model, 1))
+    assert re.fullmatch(f", compiled steps: {form}", cpu.remark(model, 1))
+
+
+def test_what_compiling_would_bring(folder, monkeypatch):
+    """Said of a large model where there is a compiler, and of no other."""
+    model = generate.load_model(folder)
+    assert cpu.remark(model, 0) == ""
+    monkeypatch.setattr(GraniteMoeForCausalLM, "num_parameters", lambda self: 2e8)
+    assert re.fullmatch(r"; --compile decodes .* as fast", cpu.remark(model, 0))
+    assert cpu.remark(model.half(), 0) == ""
+    monkeypatch.setenv("CC", "there-is-none")
+    assert cpu.remark(model.float(), 0) == ""
 
 
 def test_what_c_cannot_run(folder):

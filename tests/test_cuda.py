@@ -367,8 +367,9 @@ def test_a_compiler_or_a_card_that_fails(monkeypatch):
 def test_where_no_step_is_compiled():
     """On Apple's MPS there are neither graphs nor the CPU's C."""
     model = make_model("meta")
-    with pytest.raises(ValueError, match="^compiled: .* on meta, only on cpu and cuda"):
-        generate.generate(model, [[5]], 3, compiled=True)
+    cache = KVCache(model.config, 1, 4, device="meta")
+    with pytest.raises(ValueError, match="^compiled steps: need CUDA, or a CPU and .* got meta"):
+        cpu.token_step(model, cache, torch.zeros(1, 1, device="meta"), None)
 
 
 def test_flash_has_no_captured_step():
@@ -494,15 +495,19 @@ def test_a_mask_is_converted_once_for_all_layers(device):
     assert filled == [(len(ids), 1, T, T)]
 
 
-def test_top_p_sorts_what_top_k_left():
+@pytest.mark.parametrize("step", (1e-6, 0.125))
+def test_top_p_sorts_what_top_k_left(step):
+    """The same ids as of the whole vocabulary, with several as likely as the K-th, too."""
     V = 999
     logits = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
+    logits = (logits / step).round() * step
     with Counter() as counter:
         probs = generate.sampling_probs(logits, top_k=20, top_p=0.9)
     assert not [name for name, shape in counter.seen if name == "sort" and V in shape]
     top = logits.topk(20, dim=-1).values[:, -1:]
     alone = generate.sampling_probs(logits.masked_fill(logits < top, -torch.inf), top_p=0.9)
-    assert torch.allclose(probs, alone) and 1 < (probs > 0).sum() < 40
+    assert torch.equal(probs > 0, alone > 0) and torch.allclose(probs, alone)
+    assert (probs > 0).sum() > 1 and ((logits == top).sum(dim=-1) > 1).any() == (step > 0.1)
 
 
 def test_what_is_out_of_memory_and_what_is_not():
