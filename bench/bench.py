@@ -447,6 +447,7 @@ def parse_args() -> argparse.Namespace:
     add("--quick", action="store_true", help="a few tokens, to try the benchmark itself")
     add("--profile", action="store_true", help="only: where the time goes")
     add("--scale", action="store_true", help="only: our side against length, batch and capacity")
+    add("--only", metavar="TEXT", help="only: items whose names begin so, as 'decode'")
     add("--json", type=Path, metavar="FILE", help="write every figure")
     add("--plot", type=Path, metavar="FILE", help="draw achieved against possible, SVG")
     add("--llama-bench", type=Path, metavar="PATH", help="llama.cpp's program, to measure it too")
@@ -468,7 +469,7 @@ def main() -> None:
         return print(json.dumps(load_alone(*args.load_alone)))
     device, peer = args.device, args.peer == "transformers" and not args.scale
     out: dict[str, Any] = {"startup": [], "load": [], "profile": []}
-    whole = not (args.profile or args.scale)
+    whole = not (args.profile or args.scale or args.only)
     if whole and not args.quick and (TINY / "model.safetensors").exists():
         out["startup"] = measure_startup(TINY, peer)
     if args.model:
@@ -489,7 +490,8 @@ def main() -> None:
     else:
         bench.look_at_limits()
         for item in items(bench, args.scale):
-            bench.measure(item)
+            if item.name.startswith(args.only or ""):
+                bench.measure(item)
     out |= {"environment": report.environment(device), "rows": bench.rows}
     out["limits"] = dict(zip(("bytes_per_second", "flops_per_second"), bench.limits, strict=True))
     report.derive(out["rows"], *bench.limits)

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generate import cpu
+from generate import checkpoint, cpu
 
 Work = Callable[[int], float]  # from the number of a round to the seconds of a step
 
 
 class Reader:
-    """Reads memory in C, with as many threads as PyTorch has. Raises ValueError without a compiler."""
+    """Reads memory in C, in as many threads as PyTorch has. ValueError without a compiler."""
 
     def __init__(self) -> None:
-        self.memory = torch.ones(2**28)  # 1 GiB: no cache holds it
+        self.memory = checkpoint.fresh((2**28,), torch.float32).fill_(1)  # 1 GiB, as weights are
         with tempfile.TemporaryDirectory() as folder:
             file, source = f"{folder}/read.so", str(Path(__file__).with_name("read.c"))
             line = [*cpu.compiler(), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]

@@ -267,15 +267,17 @@ def test_closed_pipe(talker):
     assert process.returncode == 141 and "error" not in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("how", ((), ("--compile",)), ids=("plain", "compiled"))
 @pytest.mark.parametrize("sent, status", ((signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)))
-def test_signal_while_streaming(sent, status, talker):
-    with start("--model", talker, "--max-new-tokens", "900000", "--raw-ids", "5 6") as process:
+def test_signal_while_streaming(sent, status, how, talker):
+    line = ("--model", talker, "--max-new-tokens", "900000", "--raw-ids", "5 6", *how)
+    with start(*line) as process:
         text = process.stdout.read(30)
         process.send_signal(sent)
         text += process.stdout.read()
         err = process.stderr.read().decode()
     assert process.returncode == status and "Traceback" not in err and "error" not in err
-    assert text.startswith(b"5 6 ") and len(text) >= 30
+    assert text.startswith(b"5 6 ") and len(text) >= 30 and bool(how) == ("compiled" in err)
 
 
 def test_interrupt_while_loading(tmp_path):
