@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench" / "bench.py"
-MODES = {"ours", "transformers default", "transformers eager", "transformers batched_mm"}
+PROMPTS = {"ours", "transformers default", "transformers eager", "llama.cpp"}
+MODES = PROMPTS | {"transformers batched_mm", "ours compiled", "bare read"}
 NUMBERS = ("tokens_per_second", "gb_per_second", "tflops", "of_limit", "experts", "median")
 
 
@@ -24,17 +25,31 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_a_quick_run(tmp_path):
-    done = run("--dims", "tiny", "--peer", "transformers", "--json", str(tmp_path / "out.json"))
+    """llama.cpp's programs are stand-ins, which say what they would."""
+    said = {"llama-bench": '{"avg_ts": 500.0}', "llama-batched-bench": '{"t_tg": 0.25}'}
+    for name, line in said.items():
+        (tmp_path / name).write_text(
+            f"#!/bin/sh\necho \"$0 $*\" >> {tmp_path}/calls\necho '{line}'\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    other = ("--llama-bench", str(tmp_path / "llama-bench"), "--gguf", "a.gguf")
+    how = ("--peer", "transformers", "--json", str(tmp_path / "out.json"), *other)
+    done = run("--dims", "tiny", *how)
     assert done.returncode == 0, done.stderr
     out = json.loads((tmp_path / "out.json").read_text())
     items: dict[str, set[str]] = {}
     for row in out["rows"]:
         items.setdefault(row["item"], set()).add(row["mode"])
         assert len(row["seconds"]) >= 2 and all(row[name] > 0 for name in NUMBERS), row
-        assert row["difference"] < 0.05, row  # logits of this mode and of ours, bfloat16
-        assert (row["mode"] == "ours") == ("times_best" in row)
-    few = MODES - {"transformers batched_mm"}
-    assert items == {"prefill 32": few, "decode 1": MODES, "decode 3": MODES}
+        ours, other = row["mode"].startswith("ours"), row["mode"] in ("bare read", "llama.cpp")
+        assert other or row["difference"] < 0.05, row  # of its logits and ours, bfloat16
+        assert ours == ("times_best" in row) == ("times_llama" in row)
+    assert items == {"prefill 32": PROMPTS, "decode 1": MODES, "decode 3": MODES}
+    told = {(row["item"], row["mode"]): row["median"] for row in out["rows"]}
+    assert told["prefill 32", "llama.cpp"] == 32 / 500 and told["decode 1", "llama.cpp"] == 1 / 500
+    assert told["decode 3", "llama.cpp"] == 0.25 / 2
+    calls = (tmp_path / "calls").read_text()
+    assert "-p 32 -n 0" in calls and "-p 0 -n 2 -d 32" in calls and "-npp 32 -ntg 2 -npl 3" in calls
     assert {row["experts"] for row in out["rows"] if row["item"] == "decode 1"} == {8}
     assert {run["side"] for run in out["load"]} == {"ours", "transformers"}
     assert all(run["peak"][0] > run["weights"][0] > 0 for run in out["load"])
