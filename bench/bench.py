@@ -481,7 +481,8 @@ def main() -> None:
         peer_of(model, None)  # its imports take memory that is no step's
     bench = Bench(model, peer, device, args.quick, args.quick or args.scale, args.full)
     if device.type == "cpu":
-        bench.reader = Reader() if shutil.which(cpu.compiler()[0]) else None
+        found = shutil.which(cpu.compiler()[0])
+        bench.reader = Reader(2**22 if args.quick else 2**28) if found else None
         bench.llama = args.gguf and (args.llama_bench, args.gguf)
     if whole:
         out["load"] = measure_load(bench)

@@ -157,8 +157,8 @@ def one_step(door: Callable, what: str, at: tuple) -> None:
 def speed() -> None:
     """Prompts and steps in turn with transformers, and what of it the targets name."""
     model = modes.random_model(DIMS, DEVICE)
-    for slow in ("transformers compiled grouped_mm", "transformers batched_mm"):
-        modes.MODES.pop(slow, None)
+    for name in ("transformers compiled grouped_mm", "transformers batched_mm", "ours compiled"):
+        modes.MODES.pop(name, None)  # slow ones, and a CPU's
     run = bench.Bench(model, True, DEVICE, bool(DRY), bool(DRY), False)
     run.look_at_limits()
     wanted = ("decode 1", "decode 64", "prefill 2048", "prefill 8192")

@@ -20,8 +20,8 @@ Work = Callable[[int], float]  # from the number of a round to the seconds of a 
 class Reader:
     """Reads memory in C, in as many threads as PyTorch has. ValueError without a compiler."""
 
-    def __init__(self) -> None:
-        self.memory = checkpoint.fresh((2**28,), torch.float32).fill_(1)  # 1 GiB, as weights are
+    def __init__(self, numbers: int = 2**28) -> None:  # 1 GiB: no cache holds it
+        self.memory = checkpoint.fresh((numbers,), torch.float32).fill_(1)  # as weights are
         with tempfile.TemporaryDirectory() as folder:
             file, source = f"{folder}/read.so", str(Path(__file__).with_name("read.c"))
             line = [*cpu.compiler(), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
