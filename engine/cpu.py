@@ -166,10 +166,11 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 SIZES = ("V", "D", "F", "L", "H", "G", "C", "E", "K", "B", "S", "at", "threads")
-SCALARS = {"eps": "rms_norm_eps"}  # and those of one name in C and in the config
-SCALARS |= {name + "_multiplier": name + "_multiplier" for name in
-            ("embedding", "attention", "residual")}  # fmt: skip
-SCALARS["logits_scaling"] = "logits_scaling"
+SCALARS = {  # by their names in C and in the config
+    "eps": "rms_norm_eps", "embedding_multiplier": "embedding_multiplier",
+    "attention_multiplier": "attention_multiplier", "residual_multiplier": "residual_multiplier",
+    "logits_scaling": "logits_scaling",
+}  # fmt: skip
 TENSORS = ("layers", "embed_tokens", "norm", "head", "cos", "sin", "keys", "values", "ids", "pads",
            "every", "x", "q", "k", "v", "scores", "y", "logits_NE", "weights_NK", "rows_MP",
            "rows_MD", "logits", "normed", "mixed", "hidden_MF", "expert_ids_NK", "order_M",
@@ -212,9 +213,9 @@ def buffers(B: int, S: int, c: GraniteMoeConfig) -> dict[str, Tensor]:
     D, E, K, F = c.hidden_size, c.num_local_experts, c.num_experts_per_tok, c.intermediate_size
     H, kv, M = c.num_attention_heads, c.num_key_value_heads * c.head_dim, B * K
     floats = {"x": B * D, "q": B * D, "k": B * kv, "v": B * kv, "scores": B * H * (S + 3),
-              "y": B * D, "logits_NE": B * E, "weights_NK": M, "rows_MP": M * 2 * F,
+              "y": B * D, "logits_NE": (B, E), "weights_NK": (B, K), "rows_MP": M * 2 * F,
               "rows_MD": M * D, "normed": B * D, "mixed": B * D, "hidden_MF": M * F}  # fmt: skip
-    whole = {"expert_ids_NK": M, "order_M": M, "tokens_M": M, "ends_E": E, "tied": 1}
+    whole = {"expert_ids_NK": (B, K), "order_M": M, "tokens_M": M, "ends_E": E, "tied": 1}
     made = {name: torch.empty(size) for name, size in floats.items()}
     made |= {name: torch.empty(size, dtype=torch.long) for name, size in whole.items()}
     return made | {"every": torch.arange(M + H)}
@@ -249,8 +250,8 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
         what = f"{pads.device}, {str(dtype).removeprefix('torch.')}"
         raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
     run, m = library(dtype).step, model_in_c(model, cache, pads)
-    shape = {name: m.held[name].view(m.B, -1) for name in ("logits_NE", "expert_ids_NK")}
-    weights_NK, tied = m.held["weights_NK"].view(m.B, -1), m.held["tied"]
+    names = ("logits_NE", "expert_ids_NK", "weights_NK", "tied")
+    logits_NE, expert_ids_NK, weights_NK, tied = (m.held[name] for name in names)
 
     def step(ids: Tensor, uniform: Tensor) -> Tensor:
         if cache.length >= cache.max_length:
@@ -261,8 +262,8 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
         tied[0] = -1
         run(ctypes.byref(m))
         while tied[0] >= 0:  # a layer's choice of experts is ambiguous: as Router makes it
-            top = shape["logits_NE"].topk(m.K, dim=-1)
-            shape["expert_ids_NK"][:], weights_NK[:] = top.indices, top.values.softmax(dim=-1)
+            top = logits_NE.topk(m.K, dim=-1)
+            expert_ids_NK[:], weights_NK[:] = top.indices, top.values.softmax(dim=-1)
             run(ctypes.byref(m))
         cache.ids[:, cache.length] = ids
         cache.length += 1
