@@ -108,7 +108,7 @@ def generate(
     context is full; from then on it yields None. Row i draws from a generator of its own, seeded
     with seed + i, so that it does not depend on its neighbours; seed None takes random ones.
     cache: continue after the tokens that it holds (one row only); the last id yielded is not in it.
-    compiled: run each step of one token a row as the engine compiles it; a first time takes long.
+    compiled: run steps of one token a row, and prompts on a CPU, as the engine compiles them.
     Raises ValueError for bad arguments at once, and for logits that are not finite, at their step.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -140,7 +140,8 @@ def _steps(
     pads = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
     draw = uniform_rows(sampling.seed, B, device)
-    step, uniform = plain_step(model, cache, pads, choose), draw()
+    prefill = cpu.for_prompts(model) if compiled else model
+    step, uniform = plain_step(prefill, cache, pads, choose), draw()
     for chunk in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
         new = step(chunk, uniform)  # the last chunk's counts
     if compiled and max(limits) > 1:

@@ -3,51 +3,9 @@
    N = B tokens. Weights and cache are read where PyTorch keeps them, and written there. cpu.py
    builds this, fills in a Model and calls the last function. Each thread runs all of it, but its
    SHARE of a loop, and then waits. bfloat16 is rounded where PyTorch rounds it. */
-#include <math.h>
-#include <stdint.h>
-typedef int64_t Int;
-typedef union { float x; uint32_t bits; } Bits;
-#define SHARE(i, n) _Pragma("omp for") for (Int i = 0; i < (n); i++)
-#define VECTOR(bytes, of) __attribute__((vector_size(bytes), aligned(sizeof(of)), may_alias)) of
+#include "numbers.h"
 
-/* ------------------------------------------------------------------------------------- numbers */
-#ifdef WEIGHT /* -DWEIGHT=float: nothing is rounded */
-#define narrow(x) (x)
-#else
-#define WEIGHT uint16_t /* a bfloat16: the upper half of a float */
-static inline WEIGHT narrow(float x) { /* to the nearest, ties to even */
-    const uint32_t bits = (Bits){x}.bits;
-    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-#endif
-static inline float widened(uint16_t w) { return (Bits){.bits = (uint32_t)w << 16}.x; }
-#define wide(w) _Generic(w, float: w, default: widened(w))
-static inline float rounded(float x) { return wide(narrow(x)); }
-
-/* What a product takes at a time: Some weights and as many activations (Act), to add to Floats. */
-#if !defined narrow && defined __AVX512BF16__ /* its own products: 8 rows in 0.86 of the time */
-#include <immintrin.h>
-typedef WEIGHT Act;
-typedef VECTOR(64, float) Floats;
-typedef __attribute__((aligned(2), may_alias)) __m512bh Some;
-#define act(x) narrow(x)
-#define some_weights(w) (*(const Some *)(w))
-#define add(sum, w, x) ((Floats)_mm512_dpbf16_ps((__m512)(sum), w, x))
-#else
-#define BYTES __BIGGEST_ALIGNMENT__ /* of a register (clang: of the narrowest) */
-typedef float Act;
-typedef VECTOR(BYTES, float) Floats, Some;
-#define act(x) rounded(x)
-#define add(sum, w, x) ((sum) + (w) * (x))
-#ifndef narrow
-typedef VECTOR(BYTES / 2, WEIGHT) Halves; typedef VECTOR(BYTES, uint32_t) Words;
-#define some_weights(w) ((Some)(__builtin_convertvector(*(const Halves *)(w), Words) << 16))
-#else
-#define some_weights(w) (*(const Some *)(w))
-#endif
-#endif
-enum { STEP = sizeof(Some) / sizeof(Act) };
-
+/* ------------------------------------------------------------------------------------ products */
 /* y[t] (outputs) = w (outputs, n) . x[t] (n) for T rows x, which share the reading of w */
 static inline __attribute__((always_inline)) void
 dot(const WEIGHT *w, Int outputs, const Act *const *x, Int n, float *const *y, const int T) {
@@ -119,12 +77,6 @@ static void rotate(const Model *m, Int b, float *x) {
 }
 
 /* ----------------------------------------------------------------------------------- attention */
-static inline float exponential(float x) { /* 2^n e^r; unlike expf, of a register of numbers */
-    x = x < -87 ? -87 : x > 88 ? 88 : x;
-    const float n = rintf(x * 1.44269504f), r = x - n * 0.693147181f;
-    const float e_r = 1 + r * (1 + r / 2 * (1 + r / 3 * (1 + r / 4 * (1 + r / 5 * (1 + r / 6)))));
-    return e_r * (Bits){.bits = ((int32_t)n + 127) << 23}.x;
-}
 static void softmax(float *x, Int n) {
     float top = x[0], sum = 0;
     for (Int i = 1; i < n; i++) top = x[i] > top ? x[i] : top;
@@ -206,7 +158,7 @@ static void experts(const Model *m, const WEIGHT *gate_up_EPD, const WEIGHT *dow
     SHARE(i, m->B * K) {
         const float *gate = m->rows_MP + i * 2 * F, *up = gate + F;
         for (Int f = 0; f < F; f++)
-            m->hidden_MF[i * F + f] = act(rounded(gate[f] / (1 + exponential(-gate[f]))) * up[f]);
+            m->hidden_MF[i * F + f] = act(swiglu(gate[f], up[f]));
     }
     product(down_EDF, m->E, m->ends_E, m->hidden_MF, order_M, F, D, m->rows_MD, order_M);
     SHARE(n, m->B) {

@@ -1,8 +1,9 @@
-"""The same numbers sooner on a CPU: forms for granitemoe.py's open tables, and the step in C.
+"""The same numbers sooner on a CPU: forms for granitemoe.py's open tables, and what is in C.
 
 Reasons with a figure are of two cores of an AMD EPYC with AVX-512 (bench/RESULTS.md).
 """
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -35,6 +36,7 @@ from granitemoe import (
 )
 
 BLOCK = 128  # queries
+RUN = 256  # tokens; as in prompt.c
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
@@ -107,9 +109,9 @@ ATTENTION["blocks"] = attend_blocks
 EXPERTS["runs"] = experts_runs
 
 
-# ------------------------------------------------------------------------------------ the step in C
+# --------------------------------------------------------------------------------------------- in C
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "prompt.c", "numbers.h")]
 FLAGS = ["-std=gnu11", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
          "-fno-signed-zeros", "-fassociative-math"]  # fmt: skip
 NATIVE = (["-march=native"], ["-mcpu=native"])  # the second where the first is not known
@@ -122,10 +124,10 @@ def compiler() -> list[str]:
 
 
 def compile_step(dtype: torch.dtype, file: Path) -> None:
-    """Build engine/cpu.c for this processor, with OpenMP if the compiler has it, or ValueError."""
-    said = []
+    """Build the C texts for this processor, with OpenMP if the compiler has it, or ValueError."""
+    said, texts = [], [str(file) for file in SOURCES if file.suffix == ".c"]
     for parallel, native in itertools.product((["-fopenmp"], []), NATIVE):
-        line = [*compiler(), *FLAGS, *native, *parallel, *DTYPES[dtype], str(SOURCE)]
+        line = [*compiler(), *FLAGS, *native, *parallel, *DTYPES[dtype], *texts]
         try:
             done = subprocess.run([*line, "-o", str(file), "-lm"], capture_output=True, input=b"")
         except OSError as error:
@@ -143,13 +145,14 @@ def built_name(dtype: torch.dtype) -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     found = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     machine = (platform.machine(), platform.processor(), found)
-    what = (SOURCE.read_bytes(), compiler(), FLAGS, DTYPES[dtype], machine)
+    texts = [file.read_bytes() for file in SOURCES]
+    what = (texts, compiler(), FLAGS, DTYPES[dtype], machine)
     return f"step-{hashlib.sha256(repr(what).encode()).hexdigest()[:20]}.so"
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """engine/cpu.c as a library, from the user's cache if it was built before. Or ValueError."""
+    """The C texts as a library, from the user's cache if it was built before. Or ValueError."""
     name = built_name(dtype)
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "granitemoe")
@@ -240,16 +243,20 @@ def model_in_c(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Mo
     return m
 
 
+def check(x: Tensor) -> None:
+    """Raises ValueError unless there is C for x's device and dtype."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES:
+        what = f"{x.device}, {str(x.dtype).removeprefix('torch.')}"
+        raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
+
+
 def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choose: Step) -> Step:
     """The step of one token a row in C; see generate.plain_step for the arguments.
 
     Raises ValueError where it cannot be built, or not for this model.
     """
-    dtype = cache.keys.dtype
-    if pads.device.type != "cpu" or dtype not in DTYPES:
-        what = f"{pads.device}, {str(dtype).removeprefix('torch.')}"
-        raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
-    run, m = library(dtype).step, model_in_c(model, cache, pads)
+    check(cache.keys)
+    run, m = library(cache.keys.dtype).step, model_in_c(model, cache, pads)
     names = ("logits_NE", "expert_ids_NK", "weights_NK", "tied")
     logits_NE, expert_ids_NK, weights_NK, tied = (m.held[name] for name in names)
 
@@ -270,6 +277,45 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
         return choose(logits, uniform)
 
     return step
+
+
+class Prompt(ctypes.Structure):
+    """Prompt of engine/prompt.c."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("E", "D", "F", "Y", "threads")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("gate_up_EPD", "down_EDF", "x_ND", "tokens_M",
+                 "ends_E", "weights_M", "y_ND", "x", "hidden")]  # fmt: skip
+
+
+def experts_prompt(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """experts_runs in C, which has no gradients. Returns y_ND. See for_prompts for its errors."""
+    (N, D), (E, _, F) = x_ND.shape, down_EDF.shape
+    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, E)
+    y_ND = torch.zeros(N, D + 16)  # 4 KB between rows, as D may have, would be one set of the cache
+    held = [gate_up_EPD, down_EDF, x_ND.contiguous(), tokens_M, ends_E.long(),
+            weights_NK.flatten()[order_M].float(), y_ND,
+            torch.empty(RUN * (D + 1)), torch.empty(RUN * (F + 1))]  # fmt: skip
+    p = Prompt(E, D, F, D + 16, torch.get_num_threads(), *[x.data_ptr() for x in held])
+    library(x_ND.dtype).experts(ctypes.byref(p))
+    return y_ND[:, :D].to(x_ND.dtype)
+
+
+EXPERTS["prompt"] = experts_prompt
+
+
+def for_prompts(model: GraniteMoeForCausalLM) -> GraniteMoeForCausalLM:
+    """The model for inference with its experts in C, on the same parameters: prompts in 0.8 of the
+    time. On CUDA the model itself. Raises ValueError as token_step does."""
+    weight = model.model.norm.weight
+    if weight.device.type == "cuda":
+        return model
+    check(weight)
+    weights_of(model)
+    twin = copy.deepcopy(model, {id(x): x for x in model.parameters()})
+    twin.config.experts_backend = "prompt"
+    return twin
 
 
 def remark(model: GraniteMoeForCausalLM, rows: int) -> str:

@@ -1,4 +1,4 @@
-"""The forms that a CPU runs sooner, against the definitions; what "auto" names; the step in C."""
+"""The forms that a CPU runs sooner, against the definitions; what "auto" names; what is in C."""
 
 import gc
 import os
@@ -344,6 +344,15 @@ FAULTS = {  # each in a copy of the C text
     "turned by the slot": ("(m->at - m->pads[b])", "(m->at - m->pads[0])"),
     "ties by number": ("*m->tied = layer", "*m->tied = -1"),
 }  # fmt: skip
+PROMPT_FAULTS = {
+    "gate and up swapped": ("swiglu(y[r][j], y[r + half][j])", "swiglu(y[r + half][j], y[r][j])"),
+    "one expert short": ("e < p->E; e++", "e < p->E - 1; e++"),
+    "the first run of an expert only": ("start += M)", "start = p->ends_E[e])"),
+    "the tail of a row left out": ("{rows[r][n - 1]}", "{0 * rows[r][n - 1]}"),
+    "one row of weights too far": ("gate_up + (F + f) * D", "gate_up + (F + f - 1) * D"),
+    "weights of the run's first tokens": ("[start + j]", "[start]"),
+    "half of the last tokens": ("if (tokens > LANES)", "if (0)"),
+}
 
 
 @pytest.fixture
@@ -355,14 +364,19 @@ def fresh(tmp_path, monkeypatch) -> Path:
     cpu.library.cache_clear()
 
 
+def plant(before: str, after: str, folder: Path, monkeypatch) -> None:
+    """A fault in a copy of the C texts, which are then what is built."""
+    texts = [file.read_text() for file in cpu.SOURCES]
+    assert sum(text.count(before) for text in texts) == 1, "the fault is no longer one"
+    for file, text in zip(cpu.SOURCES, texts, strict=True):
+        (folder / file.name).write_text(text.replace(before, after))
+    monkeypatch.setattr(cpu, "SOURCES", [folder / file.name for file in cpu.SOURCES])
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_the_c_text_are_found(fault, fresh, tmp_path, monkeypatch):
     """By the comparison that the tests above rest on."""
-    before, after = FAULTS[fault]
-    text = cpu.SOURCE.read_text()
-    assert text.count(before) == 1, "the fault is no longer one"
-    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "cpu.c")
-    cpu.SOURCE.write_text(text.replace(before, after))
+    plant(*FAULTS[fault], tmp_path, monkeypatch)
     model = build(3)
     if fault == "ties by number":
         for layer in model.model.layers:
@@ -370,6 +384,68 @@ def test_faults_in_the_c_text_are_found(fault, fresh, tmp_path, monkeypatch):
     pads = torch.tensor([[2], [0], [1]]) if "slot" in fault else None
     ours, plain = both(model, random_rows(model, 3, 9), 4, pads)
     assert not relative(ours, plain) <= 1e-3
+
+
+def routed(N: int, dtype: torch.dtype, sizes: tuple[int, ...], last: float = 0.0) -> list[Tensor]:
+    """x_ND, weights and routing for experts; last: how much likelier the last expert is."""
+    (D, F_, E, K), rng = sizes, torch.Generator().manual_seed(N)
+    x_ND, *weights = (
+        torch.randn(size, generator=rng) for size in ((N, D), (E, 2 * F_, D), (E, D, F_))
+    )
+    logits_NE = torch.randn(N, E, generator=rng)
+    logits_NE[:, -1] += last
+    top = logits_NE.topk(K, dim=-1)
+    weights = [w / w.shape[2] ** 0.5 for w in weights]
+    return [x.to(dtype) for x in (x_ND, *weights, top.values.softmax(-1))] + [top.indices]
+
+
+SIZES = ((70, 67, 5, 3), (3, 1, 2, 1), (256, 128, 9, 4))  # D, F, E, K
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("N", (1, 2, 15, 16, 17, 33, 300, 1100))
+def test_prompts_in_c(N, sizes):
+    """Any number of tokens, of registers, of whole runs of an expert and parts of one."""
+    for last in (-99.0, 99.0):  # nobody's, and everybody's
+        given = routed(N, torch.float32, sizes, last)
+        exact = granitemoe.experts_loop(*[x.double() for x in given[:4]], given[4])
+        assert relative(cpu.experts_prompt(*given).double(), exact) <= 1e-5
+        given = routed(N, torch.bfloat16, sizes, last)
+        exact = granitemoe.experts_loop(*[x.double() for x in given[:4]], given[4])
+        ours, eager = (
+            (form(*given).double() - exact).norm()
+            for form in (cpu.experts_prompt, granitemoe.experts_loop)
+        )
+        assert ours <= 1.1 * eager
+
+
+@pytest.mark.parametrize("fault", PROMPT_FAULTS)
+def test_faults_in_prompts_are_found(fault, fresh, tmp_path, monkeypatch):
+    plant(*PROMPT_FAULTS[fault], tmp_path, monkeypatch)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):  # each row is odd: its tail matters in the second
+        given = routed(900, dtype, (71, 67, 3, 2))
+        exact = granitemoe.experts_loop(*given)
+        found.append(not relative(cpu.experts_prompt(*given), exact) <= 0.02)
+    assert any(found)
+    assert all(found) or "tail" in fault
+
+
+def test_prompts_of_compiled_rows(folder, monkeypatch):
+    """Go through C in every layer, padded or not; the model stays as it was, and so do its ids."""
+    model, calls = generate.load_model(folder), []
+    form = granitemoe.EXPERTS["prompt"]
+    monkeypatch.setitem(
+        granitemoe.EXPERTS, "prompt", lambda *given: calls.append(len(given[0])) or form(*given)
+    )
+    longest = max(map(len, PROMPTS))
+    plain = collect(model, PROMPTS, 4)
+    assert not calls
+    assert collect(model, PROMPTS, 4, compiled=True) == plain
+    assert calls == [len(PROMPTS) * longest] * model.config.num_hidden_layers
+    assert model.config.experts_backend != "prompt"
+    twin = cpu.for_prompts(model)
+    assert {id(x) for x in twin.parameters()} == {id(x) for x in model.parameters()}
 
 
 SANITIZED = """
@@ -383,6 +459,9 @@ for dtype in (torch.float32, torch.bfloat16):
         pads = torch.tensor([[0], [1], [0], [3], [2]])
         ours, plain = test_cpu.both(model, test_cpu.random_rows(model, 5, 7), 4, pads)
         assert torch.isfinite(ours).all()
+    for sizes in test_cpu.SIZES:
+        for tokens in (1, 17, 600):
+            assert torch.isfinite(cpu.experts_prompt(*test_cpu.routed(tokens, dtype, sizes))).all()
 print("clean")
 """
 
@@ -563,10 +642,13 @@ def test_what_c_cannot_run(folder):
         cpu.weights_of(model)
 
 
-def test_c_text_is_short():
-    lines = cpu.SOURCE.read_text().splitlines()
-    assert len(lines) <= 260 and max(map(len, lines)) <= 100
-    line = [*cpu.compiler(), *cpu.FLAGS, "-fopenmp", "-Wall", "-Wextra", "-Werror", str(cpu.SOURCE)]
+def test_c_texts_are_short():
+    """As a reader was promised; nothing that a compiler warns of."""
+    lines = {file.name: file.read_text().splitlines() for file in cpu.SOURCES}
+    assert len(lines["cpu.c"]) <= 260 and len(lines["prompt.c"]) <= 120
+    assert max(len(line) for text in lines.values() for line in text) <= 100
+    texts = [str(file) for file in cpu.SOURCES if file.suffix == ".c"]
+    line = [*cpu.compiler(), *cpu.FLAGS, "-fopenmp", "-Wall", "-Wextra", "-Werror", *texts]
     for flags in cpu.DTYPES.values():
         done = subprocess.run([*line, *flags, "-o", os.devnull], capture_output=True, text=True)
         assert not done.returncode, done.stderr
