@@ -77,9 +77,14 @@ def peer_of(model: Model, experts: str | None) -> Any:
 class Ours:
     """Our default path or, through one of the engine's doors, its token step."""
 
-    def __init__(self, model: Model, batch: int, door: Callable | None = None) -> None:
-        """door: what makes a token step for a cache, as engine.cpu.token_step does."""
+    def __init__(
+        self, model: Model, batch: int, door: Callable | None = None,
+        for_prompts: Callable[[Model], Model] = lambda model: model,
+    ) -> None:  # fmt: skip
+        """door: what makes a token step for a cache, as engine.cpu.token_step does; for_prompts:
+        what makes the model that takes several tokens a row."""
         self.module, self.door, self.made = model, door, None
+        self.prefill = for_prompts(model)
 
     def new_cache(self, batch: int, room: int) -> KVCache:
         weight = self.module.model.norm.weight
@@ -87,8 +92,8 @@ class Ours:
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids (B, T) and a cache, which grows, to the last position's logits (B, V)."""
-        if self.door is None:
-            return self.module(ids, cache=cache, logits_to_keep=1).logits[:, -1]
+        if self.door is None or ids.shape[1] > 1:
+            return self.prefill(ids, cache=cache, logits_to_keep=1).logits[:, -1]
         uniform = torch.zeros(len(ids), 1, dtype=torch.float64, device=ids.device)  # not used
         if self.made is None:  # for this one cache
             pads = torch.zeros_like(ids)
@@ -137,7 +142,7 @@ class Mode(NamedTuple):
 BOTH, part = "cpu cuda", functools.partial
 MODES = {
     "ours": Mode(Ours),
-    "ours compiled": Mode(part(Ours, door=cpu.token_step), "cpu", False),
+    "ours compiled": Mode(part(Ours, door=cpu.token_step, for_prompts=cpu.for_prompts), "cpu"),
     "ours graph": Mode(part(Ours, door=cuda.capture), "cuda", False),
     "ours compiled graph": Mode(part(Ours, door=cuda.token_step), "cuda", False),
     "transformers default": Mode(Peer),  # grouped_mm, and the cache that grows

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench" / "bench.py"
-PROMPTS = {"ours", "transformers default", "transformers eager", "llama.cpp"}
-MODES = PROMPTS | {"transformers batched_mm", "ours compiled", "bare read"}
+PROMPTS = {"ours", "ours compiled", "transformers default", "transformers eager", "llama.cpp"}
+MODES = PROMPTS | {"transformers batched_mm", "bare read"}
 NUMBERS = ("tokens_per_second", "gb_per_second", "tflops", "of_limit", "experts", "median")
 
 
