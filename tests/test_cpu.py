@@ -185,7 +185,7 @@ def test_an_own_form(folder):
         generate.load_model(folder, experts_backend="mine")
 
 
-# ----------------------------------------------------------------------------------- the step in C
+# ------------------------------------------------------------------------------------------- in C
 
 SEEDS = [seed for seed, _ in CHECKPOINTS.values()]
 TINY = {"intermediate_size": 5, "vocab_size": 3, "pad_token_id": None, "num_local_experts": 1,
