@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from granitemoe import (
 )
 
 BLOCK = 128  # queries
-RUN = 256  # tokens; as in prompt.c
+RUN, KEYS = 256, 96  # as in prompt.c
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
@@ -115,6 +116,8 @@ SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "prompt.c", "num
 FLAGS = ["-std=gnu11", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
          "-fno-signed-zeros", "-fassociative-math"]  # fmt: skip
 NATIVE = (["-march=native"], ["-mcpu=native"])  # the second where the first is not known
+FLOAT = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are: C relies on it
+WHOLE = {"dtype": torch.int64, "device": "cpu"}
 DTYPES = {torch.bfloat16: [], torch.float32: ["-DWEIGHT=float"]}
 
 
@@ -183,12 +186,19 @@ LAYER = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v
          "block_sparse_moe.output_linear", "block_sparse_moe.router.layer")  # fmt: skip
 
 
-class Model(ctypes.Structure):
-    """Model of engine/cpu.c: sizes, scalars, and where its tensors are."""
+def struct(sizes: Sequence[str], scalars: Iterable[str], tensors: Sequence[str]) -> type:
+    """One of the C texts', with these fields in this order; of tensors it has the addresses."""
+    fields = [(name, ctypes.c_int64) for name in sizes]
+    fields += [(name, ctypes.c_float) for name in scalars]
+    fields += [(name, ctypes.c_void_p) for name in tensors]
+    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
 
-    _fields_ = [(name, ctypes.c_int64) for name in SIZES]
-    _fields_ += [(name, ctypes.c_float) for name in SCALARS]
-    _fields_ += [(name, ctypes.c_void_p) for name in TENSORS]
+
+Model = struct(SIZES, SCALARS, TENSORS)
+Prompt = struct(("E", "D", "F", "Y", "threads"), (), (
+    "gate_up_EPD", "down_EDF", "x_ND", "tokens_M", "ends_E", "weights_M", "y_ND", "x", "hidden",
+))  # fmt: skip
+Attention = struct(("B", "H", "G", "T", "S", "C", "threads"), ("scale",), ("q", "k", "values", "y"))
 
 
 def weights_of(model: GraniteMoeForCausalLM) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -219,16 +229,16 @@ def buffers(B: int, S: int, c: GraniteMoeConfig) -> dict[str, Tensor]:
               "y": B * D, "logits_NE": (B, E), "weights_NK": (B, K), "rows_MP": M * 2 * F,
               "rows_MD": M * D, "normed": B * D, "mixed": B * D, "hidden_MF": M * F}  # fmt: skip
     whole = {"expert_ids_NK": (B, K), "order_M": M, "tokens_M": M, "ends_E": E, "tied": 1}
-    made = {name: torch.empty(size) for name, size in floats.items()}
-    made |= {name: torch.empty(size, dtype=torch.long) for name, size in whole.items()}
-    return made | {"every": torch.arange(M + H)}
+    made = {name: torch.empty(size, **FLOAT) for name, size in floats.items()}
+    made |= {name: torch.empty(size, **WHOLE) for name, size in whole.items()}
+    return made | {"every": torch.arange(M + H, **WHOLE)}
 
 
 def model_in_c(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Model:
     """Filled in but for what changes with a step: `at`, `threads`, `ids` and `logits`."""
     c, (L, B, G, S, C) = model.config, cache.keys.shape
     outer, inner = weights_of(model)
-    cos, sin = rope_tables(torch.arange(S)[None], c, cache.keys.dtype)
+    cos, sin = rope_tables(torch.arange(S, **WHOLE)[None], c, cache.keys.dtype)
     cached = {"keys": cache.keys, "values": cache.values, "pads": pads.clone()}
     held = outer | {"cos": cos, "sin": sin} | cached | buffers(B, S, c)
     layers = (ctypes.c_void_p * len(inner))(*[x.data_ptr() for x in inner])
@@ -263,7 +273,7 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
     def step(ids: Tensor, uniform: Tensor) -> Tensor:
         if cache.length >= cache.max_length:
             raise ValueError(f"cache: {cache.length + 1} tokens do not fit in {cache.max_length}")
-        ids, logits = ids[:, 0].contiguous(), torch.empty(m.B, m.V)
+        ids, logits = ids[:, 0].contiguous(), torch.empty(m.B, m.V, **FLOAT)
         m.ids, m.logits = ids.data_ptr(), logits.data_ptr()
         m.at, m.threads = cache.length, torch.get_num_threads()
         tied[0] = -1
@@ -279,42 +289,48 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
     return step
 
 
-class Prompt(ctypes.Structure):
-    """Prompt of engine/prompt.c."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("E", "D", "F", "Y", "threads")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("gate_up_EPD", "down_EDF", "x_ND", "tokens_M",
-                 "ends_E", "weights_M", "y_ND", "x", "hidden")]  # fmt: skip
-
-
 def experts_prompt(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
     """experts_runs in C, which has no gradients. Returns y_ND. See for_prompts for its errors."""
     (N, D), (E, _, F) = x_ND.shape, down_EDF.shape
     order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, E)
-    y_ND = torch.zeros(N, D + 16)  # 4 KB between rows, as D may have, would be one set of the cache
+    y_ND = torch.zeros(N, D + 16, **FLOAT)  # rows 4 KB apart would be one set of the cache
     held = [gate_up_EPD, down_EDF, x_ND.contiguous(), tokens_M, ends_E.long(),
             weights_NK.flatten()[order_M].float(), y_ND,
-            torch.empty(RUN * (D + 1)), torch.empty(RUN * (F + 1))]  # fmt: skip
+            torch.empty(RUN * (D + 1), **FLOAT), torch.empty(RUN * (F + 1), **FLOAT)]  # fmt: skip
     p = Prompt(E, D, F, D + 16, torch.get_num_threads(), *[x.data_ptr() for x in held])
     library(x_ND.dtype).experts(ctypes.byref(p))
     return y_ND[:, :D].to(x_ND.dtype)
 
 
-EXPERTS["prompt"] = experts_prompt
+def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
+    """attend_blocks in C, which has neither gradients nor dropout; a mask is left to attend_blocks,
+    one query to attend_sdpa."""
+    if mask is not None or q.shape[2] == 1:
+        return attend_blocks(q, k, v, mask, scale, drop)
+    (B, H, T, C), (_, G, S, _) = q.shape, k.shape
+    values = F.pad(v, (0, 0, 0, -S % KEYS)).unflatten(2, (-1, KEYS)).transpose(-1, -2)
+    y = q.new_empty(B, T, H, C)
+    held = [q.contiguous(), k.contiguous(), values.contiguous(), y]
+    a = Attention(B, H, G, T, S, C, torch.get_num_threads(), scale, *[x.data_ptr() for x in held])
+    library(q.dtype).attention(ctypes.byref(a))
+    return y.transpose(1, 2)
+
+
+ATTENTION["prompt"], EXPERTS["prompt"] = attend_prompt, experts_prompt
 
 
 def for_prompts(model: GraniteMoeForCausalLM) -> GraniteMoeForCausalLM:
-    """The model for inference with its experts in C, on the same parameters: prompts in 0.8 of the
-    time. On CUDA the model itself. Raises ValueError as token_step does."""
+    """The model for inference, its attention and experts in C, on the same parameters: prompts in
+    0.8 of the time. On CUDA the model itself. Raises ValueError as token_step does."""
     weight = model.model.norm.weight
     if weight.device.type == "cuda":
         return model
     check(weight)
     weights_of(model)
     twin = copy.deepcopy(model, {id(x): x for x in model.parameters()})
-    twin.config.experts_backend = "prompt"
+    twin.config.attention_backend = twin.config.experts_backend = "prompt"
     return twin
 
 

@@ -1,10 +1,10 @@
-/* The experts of granitemoe.py for the many tokens of a prompt, sorted so that each expert's are a
-   run. A step (cpu.c) waits for its weights to be read; here arithmetic takes the time. So numbers
-   lie the other way: a register holds one number of LANES tokens, or PAIR numbers of each where
-   the processor multiplies pairs, and meets a weight that fills another register. ROWS of weights
-   by TOKENS are summed at a time, in registers. cpu.py fills in a Prompt and calls the last
-   function. */
+/* Experts and attention of granitemoe.py for the many tokens of a prompt. A step (cpu.c) waits for
+   its weights to be read; here arithmetic takes the time. So numbers lie the other way: a register
+   holds one number of LANES tokens, or PAIR numbers of each where the processor multiplies pairs,
+   and meets a weight that fills another register. ROWS of weights by TOKENS are summed at a time,
+   in registers. cpu.py fills in a Prompt or an Attention and calls the function that takes it. */
 #include "numbers.h"
+#include <string.h>
 
 enum {
     LANES = sizeof(Floats) / sizeof(float), PAIR = STEP / LANES, TOKENS = 2 * LANES,
@@ -13,17 +13,9 @@ enum {
 #else
     ROWS = 12, /* of 32 registers 24 */
 #endif
-    RUN = 256 /* tokens of one expert at a time, which stay in the second cache */
+    RUN = 256, /* tokens of one expert at a time, which stay in the second cache */
+    KEYS = 96  /* of attention at a time, whose scores stay in the first */
 };
-
-typedef struct { /* engine/cpu.py has the same fields in the same order; Y: the stride of y_ND */
-    Int E, D, F, Y, threads;
-    const WEIGHT *gate_up_EPD, *down_EDF, *x_ND;
-    const Int *tokens_M, *ends_E;
-    const float *weights_M;
-    float *y_ND; /* of zeros at first; Y is at least D + ROWS - 1 */
-    Act *x, *hidden; /* (RUN / TOKENS, D or F, TOKENS), of PAIR numbers */
-} Prompt;
 
 /* y (ROWS, TOKENS) = w (ROWS, n) . x (n, TOKENS), of which the first V registers full. The rows
    that come next, `ahead` of these, are fetched meanwhile. */
@@ -48,23 +40,106 @@ tile(const WEIGHT *const *w, Int n, Int ahead, const Act *x, float (*y)[TOKENS],
         }
 }
 static void tile_of(const WEIGHT *const *w, Int n, Int ahead, const Act *x, Int tokens,
-                    float (*y)[TOKENS]) { /* rounded, as a product is */
+                    float (*y)[TOKENS]) { /* what fills up TOKENS may be anything */
     if (tokens > LANES) tile(w, n, ahead, x, y, 2);
     else tile(w, n, ahead, x, y, 1);
+}
+static void round_all(float (*y)[TOKENS]) { /* as PyTorch rounds a product */
     for (int r = 0; r < ROWS; r++)
         for (int j = 0; j < TOKENS; j++) y[r][j] = rounded(y[r][j]);
 }
 
-/* p->x = the rows of x_ND that M tokens name, turned. What fills up TOKENS may be anything. */
-static void turn(const Prompt *p, const Int *tokens, Int M, Int even) {
-    SHARE(t, (M + LANES - 1) / LANES * LANES) {
-        const WEIGHT *row = p->x_ND + tokens[t < M ? t : M - 1] * p->D;
-        Act *to = p->x + t / TOKENS * TOKENS * even + t % TOKENS * PAIR;
-        for (Int i = 0; i + PAIR <= p->D; i += PAIR, row += PAIR, to += TOKENS * PAIR)
-            for (int j = 0; j < PAIR; j++) to[j] = as_act(row[j]);
-        if (p->D % PAIR) to[0] = to[1] = as_act(row[0]);
+/* One token's n numbers, to their places among those of TOKENS */
+static void turn(const WEIGHT *row, Int n, Act *to) {
+    for (Int i = 0; i + PAIR <= n; i += PAIR, row += PAIR, to += TOKENS * PAIR)
+        for (int j = 0; j < PAIR; j++) to[j] = as_act(row[j]);
+    if (n % PAIR) to[0] = to[1] = as_act(row[0]);
+}
+
+/* ----------------------------------------------------------------------------------- attention */
+typedef struct { /* engine/cpu.py has the same fields in the same order */
+    Int B, H, G, T, S, C, threads;
+    float scale;
+    const WEIGHT *q, *k, *values; /* (B, H, T, C), (B, G, S, C), (B, G, S / KEYS, C, KEYS) */
+    WEIGHT *y;                    /* (B, T, H, C) */
+} Attention;
+
+typedef struct { float top[TOKENS], sum[TOKENS], shrink[TOKENS]; } Softmax; /* so far */
+
+/* p (M, TOKENS), of PAIR numbers = e^(scores - top), where top is the highest so far. If that has
+   grown, all sums before shrink. The first query sees `seen` of M keys, each next one more. */
+static void softmax(float (*scores)[TOKENS], int M, int seen, float scale, Softmax *so_far,
+                    Act *p) {
+    Softmax now = *so_far;
+    for (int s = 0; s < M; s++)
+        for (int j = 0; j < TOKENS; j++) {
+            scores[s][j] = s < seen + j ? scores[s][j] * scale : -INFINITY;
+            now.top[j] = scores[s][j] > now.top[j] ? scores[s][j] : now.top[j];
+        }
+    for (int j = 0; j < TOKENS; j++)
+        now.sum[j] *= now.shrink[j] = exponential(so_far->top[j] - now.top[j]);
+    for (int s = 0; s < M; s++)
+        for (int j = 0; j < TOKENS; j++)
+            now.sum[j] += scores[s][j] = exponential(scores[s][j] - now.top[j]);
+    for (int s = 0; s < M; s += PAIR, p += TOKENS * PAIR)
+        for (int j = 0; j < TOKENS; j++)
+            for (int k = 0; k < PAIR; k++) p[j * PAIR + k] = act(scores[s + k][j]);
+    *so_far = now;
+}
+
+/* For the queries of one head from t on, TOKENS of them, KEYS after KEYS (arXiv 2205.14135) */
+static void attend(const Attention *a, Int head, Int t) {
+    const Int C = a->C, T = a->T, S = a->S, few = T - t < TOKENS ? T - t : TOKENS;
+    const Int key_head = head / (a->H / a->G), seen = S - T + t + 1, all = seen + few - 1;
+    const WEIGHT *keys = a->k + key_head * S * C, *w[ROWS];
+    const WEIGHT *values = a->values + key_head * ((S + KEYS - 1) / KEYS) * C * KEYS;
+    float scores[KEYS][TOKENS], y[C + ROWS][TOKENS], part[ROWS][TOKENS];
+    Act q[C * TOKENS], p[KEYS * TOKENS];
+    Softmax soft = {0};
+    memset(y, 0, sizeof y);
+    for (int j = 0; j < TOKENS; j++) {
+        turn(a->q + (head * T + t + (j < few ? j : few - 1)) * C, C, q + j * PAIR);
+        soft.top[j] = -INFINITY;
+    }
+    for (Int s = 0; s < all; s += KEYS, values += C * KEYS) {
+        const Int M = all - s < KEYS ? (all - s + ROWS - 1) / ROWS * ROWS : KEYS;
+        for (Int i = 0; i < M; i += ROWS) {
+            for (Int r = 0; r < ROWS; r++) w[r] = keys + (s + i + r < S ? s + i + r : S - 1) * C;
+            tile_of(w, C, ROWS * C, q, few, scores + i);
+        }
+        softmax(scores, M, seen - s, a->scale, &soft, p);
+        for (Int c = 0; c < C; c += ROWS) {
+            for (Int r = 0; r < ROWS; r++) w[r] = values + (c + r < C ? c + r : C - 1) * KEYS;
+            tile_of(w, M, ROWS * KEYS, p, few, part);
+            for (int r = 0; r < ROWS; r++)
+                for (int j = 0; j < TOKENS; j++)
+                    y[c + r][j] = y[c + r][j] * soft.shrink[j] + part[r][j];
+        }
+    }
+    for (Int c = 0; c < C; c++)
+        for (int j = 0; j < TOKENS; j++) y[c][j] /= soft.sum[j];
+    for (int j = 0; j < few; j++) {
+        WEIGHT *to = a->y + ((head / a->H * T + t + j) * a->H + head % a->H) * C;
+        for (Int c = 0; c < C; c++) to[c] = narrow(y[c][j]);
     }
 }
+
+void attention(const Attention *a) {
+    const Int heads = a->B * a->H, blocks = (a->T + TOKENS - 1) / TOKENS;
+#pragma omp parallel for num_threads(a->threads) schedule(dynamic)
+    for (Int i = heads * blocks - 1; i >= 0; i--) /* first those that see most */
+        attend(a, i % heads, i / heads * TOKENS);
+}
+
+/* --------------------------------------------------------------------------- mixture of experts */
+typedef struct { /* the same; tokens are sorted, so that each expert's are a run */
+    Int E, D, F, Y, threads; /* Y: from row to row of y_ND, at least D + ROWS - 1 */
+    const WEIGHT *gate_up_EPD, *down_EDF, *x_ND;
+    const Int *tokens_M, *ends_E;
+    const float *weights_M;
+    float *y_ND;     /* of zeros at first */
+    Act *x, *hidden; /* (RUN / TOKENS, D or F, TOKENS), of PAIR numbers */
+} Prompt;
 
 /* p->hidden = swiglu of gate_up (2 F, D) . p->x, half of ROWS for the gate and half for up */
 static void gate_and_up(const Prompt *p, const WEIGHT *gate_up, Int M, Int even_D, Int even_F) {
@@ -77,6 +152,7 @@ static void gate_and_up(const Prompt *p, const WEIGHT *gate_up, Int M, Int even_
         for (Int t = 0; t < M; t += TOKENS) {
             Act *to = p->hidden + t * even_F + b * half * TOKENS;
             tile_of(w, D, half * D, p->x + t * even_D, M - t, y);
+            round_all(y);
             for (int r = 0; r < half; r++)
                 for (int j = 0; j < TOKENS; j++) y[r][j] = swiglu(y[r][j], y[r + half][j]);
             for (Int r = 0; r < half && b * half + r < even_F; r += PAIR, to += TOKENS * PAIR)
@@ -94,10 +170,16 @@ static void down(const Prompt *p, const WEIGHT *down_DF, Int start, Int M, Int e
         float y[ROWS][TOKENS];
         for (Int r = 0, d = b * ROWS; r < ROWS; r++, d += d < D - 1) w[r] = down_DF + d * F;
         for (Int t = 0; t < M; t += TOKENS) {
+            const Int end = t + TOKENS < M ? t + TOKENS : M;
+            for (Int j = t; j < end; j++)
+                __builtin_prefetch(p->y_ND + tokens[j] * p->Y + b * ROWS, 1);
             tile_of(w, F, ROWS * F, p->hidden + t * even_F, M - t, y);
-            for (Int j = t; j < t + TOKENS && j < M; j++) {
+            round_all(y);
+            for (Int j = t; j < end; j++) {
                 float *sums = p->y_ND + tokens[j] * p->Y + b * ROWS;
-                for (int r = 0; r < ROWS; r++) sums[r] += p->weights_M[start + j] * y[r][j - t];
+                const float weight = p->weights_M[start + j];
+#pragma GCC unroll 12
+                for (int r = 0; r < ROWS; r++) sums[r] += weight * y[r][j - t];
             }
         }
     }
@@ -109,7 +191,9 @@ void experts(const Prompt *p) {
     for (Int e = 0, start = 0; e < p->E; e++)
         for (Int M; start < p->ends_E[e]; start += M) {
             M = p->ends_E[e] - start < RUN ? p->ends_E[e] - start : RUN;
-            turn(p, p->tokens_M + start, M, even_D);
+            SHARE(t, (M + LANES - 1) / LANES * LANES)
+                turn(p->x_ND + p->tokens_M[start + (t < M ? t : M - 1)] * p->D, p->D,
+                     p->x + t / TOKENS * TOKENS * even_D + t % TOKENS * PAIR);
             gate_and_up(p, p->gate_up_EPD + e * 2 * p->F * p->D, M, even_D, even_F);
             down(p, p->down_EDF + e * p->D * p->F, start, M, even_F);
         }

@@ -353,6 +353,18 @@ PROMPT_FAULTS = {
     "weights of the run's first tokens": ("[start + j]", "[start]"),
     "half of the last tokens": ("if (tokens > LANES)", "if (0)"),
 }
+ATTENTION_FAULTS = {
+    "a query sees the next token": ("s < seen + j", "s <= seen + j"),
+    "a query does not see itself": ("s < seen + j", "s < seen + j - 1"),
+    "scores not scaled": ("scores[s][j] * scale", "scores[s][j]"),
+    "sums as before": ("now.sum[j] *= now.shrink[j]", "now.shrink[j]"),
+    "values as before": ("y[c + r][j] * soft.shrink[j]", "y[c + r][j]"),
+    "not divided": ("y[c][j] /= soft.sum[j]", "y[c][j] /= 1"),
+    "a key head for each query head": ("head / (a->H / a->G)", "head % a->G"),
+    "the last keys left out": ("s < all; s += KEYS", "s + KEYS <= all; s += KEYS"),
+    "no past": ("seen = S - T + t + 1", "seen = t + 1"),
+    "rows of the first batch": ("((head / a->H * T", "((0 * T"),
+}
 
 
 @pytest.fixture
@@ -431,19 +443,57 @@ def test_faults_in_prompts_are_found(fault, fresh, tmp_path, monkeypatch):
     assert all(found) or "tail" in fault
 
 
+def queries(T: int, past: int, C: int, dtype: torch.dtype, heads: int = 3) -> list[Tensor]:
+    """q, k and v of two rows, two query heads to a key head; scores that differ."""
+    rng, S = torch.Generator().manual_seed(T), past + T
+    shapes = ((2, 2 * heads, T, C), (2, heads, S, C), (2, heads, S, C))
+    return [torch.randn(shape, generator=rng).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("C", (2, 10, 64, 72))
+@pytest.mark.parametrize("T, past", (
+    (2, 0), (15, 1), (16, 80), (17, 0), (33, 96), (95, 0), (96, 0), (97, 100), (300, 7),
+))  # fmt: skip
+def test_attention_of_prompts_in_c(T, past, C):
+    """Any number of queries, of blocks of keys and of registers."""
+    for dtype in (torch.float32, torch.bfloat16):
+        given = queries(T, past, C, dtype)
+        exact = granitemoe.attend_eager(*[x.double() for x in given], None, 0.4, 0.0)
+        ours, eager = (
+            relative(form(*given, None, 0.4, 0.0).double(), exact)
+            for form in (cpu.attend_prompt, granitemoe.attend_eager)
+        )
+        assert ours <= (1e-5 if dtype == torch.float32 else 1.1 * eager)
+
+
+@pytest.mark.parametrize("fault", ATTENTION_FAULTS)
+def test_faults_in_attention_are_found(fault, fresh, tmp_path, monkeypatch):
+    plant(*ATTENTION_FAULTS[fault], tmp_path, monkeypatch)
+    given = queries(200, 50, 10, torch.float32)
+    exact = granitemoe.attend_eager(*given, None, 0.4, 0.0)
+    assert not relative(cpu.attend_prompt(*given, None, 0.4, 0.0), exact) <= 1e-3
+
+
 def test_prompts_of_compiled_rows(folder, monkeypatch):
-    """Go through C in every layer, padded or not; the model stays as it was, and so do its ids."""
+    """Go through C in every layer, but attention to padded ones; the model stays as it was, and so
+    do its ids."""
     model, calls = generate.load_model(folder), []
-    form = granitemoe.EXPERTS["prompt"]
-    monkeypatch.setitem(
-        granitemoe.EXPERTS, "prompt", lambda *given: calls.append(len(given[0])) or form(*given)
-    )
-    longest = max(map(len, PROMPTS))
-    plain = collect(model, PROMPTS, 4)
-    assert not calls
-    assert collect(model, PROMPTS, 4, compiled=True) == plain
-    assert calls == [len(PROMPTS) * longest] * model.config.num_hidden_layers
-    assert model.config.experts_backend != "prompt"
+    for table in (granitemoe.EXPERTS, granitemoe.ATTENTION):
+        spy = lambda *given, form=table["prompt"]: calls.append(given[0].shape) or form(*given)  # noqa: E731
+        monkeypatch.setitem(table, "prompt", spy)
+    c = model.config
+    for prompts, blocks in ((PROMPTS, True), ([[5, 6, 7], [8, 9, 10]], False)):
+        plain = collect(model, prompts, 4)
+        assert not calls
+        with monkeypatch.context() as patch:
+            if not blocks:
+                patch.setattr(cpu, "attend_blocks", None)
+            assert collect(model, prompts, 4, compiled=True) == plain
+        B, T = len(prompts), max(map(len, prompts))
+        layer = [(B, c.num_attention_heads, T, c.head_dim), (B * T, c.hidden_size)]
+        assert calls == layer * c.num_hidden_layers
+        calls.clear()
+    assert "prompt" not in (c.experts_backend, c.attention_backend)
     twin = cpu.for_prompts(model)
     assert {id(x) for x in twin.parameters()} == {id(x) for x in model.parameters()}
 
@@ -462,6 +512,9 @@ for dtype in (torch.float32, torch.bfloat16):
     for sizes in test_cpu.SIZES:
         for tokens in (1, 17, 600):
             assert torch.isfinite(cpu.experts_prompt(*test_cpu.routed(tokens, dtype, sizes))).all()
+    for sizes in ((2, 0, 2), (33, 70, 10), (100, 0, 66)):
+        given = test_cpu.queries(*sizes, dtype)
+        assert torch.isfinite(cpu.attend_prompt(*given, None, 1.0, 0.0)).all()
 print("clean")
 """
 
@@ -511,6 +564,24 @@ def test_c_follows_the_number_of_threads(folder):
             assert collect(model, PROMPTS, 8, compiled=True) == plain
     finally:
         torch.set_num_threads(threads)
+
+
+def test_c_whatever_the_defaults_are(folder):
+    """What C writes into has its own dtype and is in memory that C reaches."""
+    model, prompts = generate.load_model(folder), [[5, 6, 7, 8], [9, 10, 11, 12]]
+    plain = collect(model, prompts, 8)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        made = [*cpu.buffers(2, 3, model.config).values()]
+        torch.set_default_device("cpu")
+        assert {(x.dtype, x.device.type) for x in made} == {
+            (torch.float32, "cpu"), (torch.int64, "cpu")
+        }  # fmt: skip
+        assert collect(model, prompts, 8, compiled=True) == plain
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def test_two_models_at_once(folder):
@@ -645,7 +716,7 @@ def test_what_c_cannot_run(folder):
 def test_c_texts_are_short():
     """As a reader was promised; nothing that a compiler warns of."""
     lines = {file.name: file.read_text().splitlines() for file in cpu.SOURCES}
-    assert len(lines["cpu.c"]) <= 260 and len(lines["prompt.c"]) <= 120
+    assert len(lines["cpu.c"]) <= 260 and len(lines["prompt.c"]) <= 200
     assert max(len(line) for text in lines.values() for line in text) <= 100
     texts = [str(file) for file in cpu.SOURCES if file.suffix == ".c"]
     line = [*cpu.compiler(), *cpu.FLAGS, "-fopenmp", "-Wall", "-Wextra", "-Werror", *texts]
