@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (
     "granitemoe.py", "generate.py", "engine/checkpoint.py", "engine/tokenizer.py",
-    "engine/chat.py", "engine/terminal.py", "engine/cuda.py",
+    "engine/chat.py", "engine/terminal.py", "engine/cuda.py", "engine/cpu.py",
 )  # fmt: skip
 ROOMS = ("generation", "checkpoint", "tokenizer", "chat", "cpu", "cuda", "command")
 TESTS = [f"tests/test_{name}.py" for name in ROOMS]
