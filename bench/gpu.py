@@ -121,7 +121,7 @@ def launches(step: Callable, layers: int, what: str) -> None:
         if DRY or event.device_type == torch.autograd.DeviceType.CUDA:
             count[event.name] += 1
             busy[event.name] += event.cpu_time if DRY else event.device_time
-    goal = 12.5 if what == "compiled step, 1 rows" else None
+    goal = 11.5 if what == "compiled step, 1 rows" else None
     keep(f"{what}: launches a layer, head included", count.total() / layers, None, goal)
     keep(f"{what}: busy, ms", busy.total() / 1e3)
     for name, spent in busy.most_common(14):

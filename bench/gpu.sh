@@ -39,7 +39,7 @@ echo "-> growth: a stream or a graph outlives its reply"
 probe 120 step captured 1
 echo "-> right, and faster than plain: set CAPTURE_ALWAYS in engine/cuda.py"
 TORCH_LOGS=recompiles probe 300 step compiled 1
-echo "-> recompiles: none is expected; more than 12 launches a layer: read the largest; late far slower than early: attention"
+echo "-> recompiles: none is expected; more than 11 launches a layer: read the largest; late far slower than early: attention"
 COMBO=0 probe 300 step compiled 1
 echo "-> no slower than the line above: take combo_kernels out of OPTIONS"
 probe 300 step compiled 64

@@ -176,6 +176,8 @@ def token_logits(
     rope = rope_tables(at - pads, c, x.dtype)
     slots = torch.arange(room, device=x.device)
     mask = added(((slots >= pads) & (slots <= at))[:, None, None], x.dtype)
+    if len(mask) == 1:  # strides that a compiler knows to be aligned, or each layer copies it
+        mask = mask.as_strided(mask.shape, (0, 0, 0, 1))
     for i, layer in enumerate(model.model.layers):
         x = run(layer, x, rope, mask, [cache.keys[i], cache.values[i], at])
     head = model.model.embed_tokens if c.tie_word_embeddings else model.lm_head

@@ -327,6 +327,26 @@ def test_one_compiled_layer_serves_all(monkeypatch):
             assert len(graphs) == count, (rows, len(prompt), new)
 
 
+@pytest.mark.parametrize("rows, known", ((1, (0, 0, 0, 1)), (3, (80, 80, 80, 1))))
+def test_strides_of_a_steps_mask(rows, known):
+    """Of one row, aligned whatever the length: of a symbol Inductor cannot know it, and would copy
+    the mask in each layer. Of more, whole 16 numbers."""
+    model, seen = make_model("cpu"), []
+    cache = KVCache(model.config, rows, 70)
+    at, ids = torch.zeros(1, dtype=torch.long), torch.zeros(rows, 1, dtype=torch.long)
+    for filled in (cache.keys, cache.values):
+        filled.zero_()
+
+    def run(layer, x, rope, mask, past):
+        seen.append(mask.stride())
+        return cuda.token_layer(layer, x, rope, mask, past, "pieces")
+
+    with torch.inference_mode():
+        logits = cuda.token_logits(model, run, cache, at, 64, ids, ids)
+        assert relative(logits, model(ids).logits[:, 0]) <= LOGITS
+    assert seen == [known] * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("rows", (1, 9))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("fast", (False, True), ids=("any card", "Hopper"))
