@@ -3,6 +3,7 @@
 Reasons with a figure are of two cores of an AMD EPYC with AVX-512 (bench/RESULTS.md).
 """
 
+import contextlib
 import copy
 import ctypes
 import functools
@@ -137,7 +138,10 @@ def compile_step(dtype: torch.dtype, file: Path) -> None:
             tried = f"{compiler()[0]!a:.60} ($CC, else cc): {error.strerror}"
             raise ValueError(f"compiled steps: need a C compiler; tried {tried}") from None
         if done.returncode == 0:
-            return
+            with contextlib.suppress(OSError):  # zig cc builds with an OpenMP that is not there
+                if parallel:
+                    ctypes.CDLL(str(file))
+                return
         said += done.stderr.decode(errors="replace").strip().splitlines()[:1] or ["no message"]
     raise ValueError(f"compiled steps: {compiler()[0]!a:.60} failed: {ascii(said[0])[1:-1]:.120}")
 

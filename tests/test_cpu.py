@@ -684,6 +684,16 @@ def test_what_a_compiler_lacks(lacks, form, fresh, folder, tmp_path, monkeypatch
     assert re.fullmatch(f", compiled steps: {form}", cpu.remark(model, 1))
 
 
+def test_an_openmp_that_cannot_be_loaded(fresh, folder, tmp_path, monkeypatch):
+    """A compiler may build against it all the same, as zig cc does."""
+    (tmp_path / "gone.c").write_text("void gone(void); void call(void) { gone(); }")
+    text = f'case "$*" in *-fopenmp*) exec cc "$@" {tmp_path}/gone.c;; esac\nexec cc "$@"'
+    monkeypatch.setenv("CC", script(tmp_path, text))
+    model = generate.load_model(folder)
+    assert collect(model, PROMPTS, 5, compiled=True) == collect(model, PROMPTS, 5)
+    assert "no OpenMP" in cpu.remark(model, 1)
+
+
 def test_what_compiling_would_bring(folder, monkeypatch):
     """Said of a large model where there is a compiler, and of no other."""
     model = generate.load_model(folder)
