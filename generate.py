@@ -23,7 +23,7 @@ with terminal.starting(__name__):
     import torch
     from torch import Tensor
 
-    from engine import checkpoint, cpu, cuda  # importing cpu adds its forms to the two tables
+    from engine import checkpoint, cpu, cuda, prompt  # whose forms go into the open tables
     from engine.chat import load_chat_template
     from engine.checkpoint import CheckpointError  # noqa: F401  (what load_model raises)
     from engine.cuda import Step
@@ -140,7 +140,7 @@ def _steps(
     pads = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
     draw = uniform_rows(sampling.seed, B, device)
-    prefill = cpu.for_prompts(model) if compiled else model
+    prefill = prompt.for_prompts(model) if compiled else model
     step, uniform = plain_step(prefill, cache, pads, choose), draw()
     for chunk in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
         new = step(chunk, uniform)  # the last chunk's counts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import generate
-from generate import checkpoint, cpu, cuda
+from generate import checkpoint, cpu, cuda, prompt
 from granitemoe import GraniteMoeConfig, KVCache
 from granitemoe import GraniteMoeForCausalLM as Model
 
@@ -142,7 +142,7 @@ class Mode(NamedTuple):
 BOTH, part = "cpu cuda", functools.partial
 MODES = {
     "ours": Mode(Ours),
-    "ours compiled": Mode(part(Ours, door=cpu.token_step, for_prompts=cpu.for_prompts), "cpu"),
+    "ours compiled": Mode(part(Ours, door=cpu.token_step, for_prompts=prompt.for_prompts), "cpu"),
     "ours graph": Mode(part(Ours, door=cuda.capture), "cuda", False),
     "ours compiled graph": Mode(part(Ours, door=cuda.token_step), "cuda", False),
     "transformers default": Mode(Peer),  # grouped_mm, and the cache that grows

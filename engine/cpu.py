@@ -4,7 +4,6 @@ Reasons with a figure are of two cores of an AMD EPYC with AVX-512 (bench/RESULT
 """
 
 import contextlib
-import copy
 import ctypes
 import functools
 import hashlib
@@ -38,7 +37,6 @@ from granitemoe import (
 )
 
 BLOCK = 128  # queries
-RUN, KEYS = 256, 96  # as in prompt.c
 
 
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
@@ -199,10 +197,6 @@ def struct(sizes: Sequence[str], scalars: Iterable[str], tensors: Sequence[str])
 
 
 Model = struct(SIZES, SCALARS, TENSORS)
-Prompt = struct(("E", "D", "F", "Y", "threads"), (), (
-    "gate_up_EPD", "down_EDF", "x_ND", "tokens_M", "ends_E", "weights_M", "y_ND", "x", "hidden",
-))  # fmt: skip
-Attention = struct(("B", "H", "G", "T", "S", "C", "threads"), ("scale",), ("q", "k", "values", "y"))
 
 
 def weights_of(model: GraniteMoeForCausalLM) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -291,51 +285,6 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
         return choose(logits, uniform)
 
     return step
-
-
-def experts_prompt(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """experts_runs in C, which has no gradients. Returns y_ND. See for_prompts for its errors."""
-    (N, D), (E, _, F) = x_ND.shape, down_EDF.shape
-    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, E)
-    y_ND = torch.zeros(N, D + 16, **FLOAT)  # rows 4 KB apart would be one set of the cache
-    held = [gate_up_EPD, down_EDF, x_ND.contiguous(), tokens_M, ends_E.long(),
-            weights_NK.flatten()[order_M].float(), y_ND,
-            torch.empty(RUN * (D + 1), **FLOAT), torch.empty(RUN * (F + 1), **FLOAT)]  # fmt: skip
-    p = Prompt(E, D, F, D + 16, torch.get_num_threads(), *[x.data_ptr() for x in held])
-    library(x_ND.dtype).experts(ctypes.byref(p))
-    return y_ND[:, :D].to(x_ND.dtype)
-
-
-def attend_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """attend_blocks in C, which has neither gradients nor dropout; a mask is left to attend_blocks,
-    one query to attend_sdpa."""
-    if mask is not None or q.shape[2] == 1:
-        return attend_blocks(q, k, v, mask, scale, drop)
-    (B, H, T, C), (_, G, S, _) = q.shape, k.shape
-    values = F.pad(v, (0, 0, 0, -S % KEYS)).unflatten(2, (-1, KEYS)).transpose(-1, -2)
-    y = q.new_empty(B, T, H, C)
-    held = [q.contiguous(), k.contiguous(), values.contiguous(), y]
-    a = Attention(B, H, G, T, S, C, torch.get_num_threads(), scale, *[x.data_ptr() for x in held])
-    library(q.dtype).attention(ctypes.byref(a))
-    return y.transpose(1, 2)
-
-
-ATTENTION["prompt"], EXPERTS["prompt"] = attend_prompt, experts_prompt
-
-
-def for_prompts(model: GraniteMoeForCausalLM) -> GraniteMoeForCausalLM:
-    """The model for inference, its attention and experts in C, on the same parameters: prompts in
-    0.8 of the time. On CUDA the model itself. Raises ValueError as token_step does."""
-    weight = model.model.norm.weight
-    if weight.device.type == "cuda":
-        return model
-    check(weight)
-    weights_of(model)
-    twin = copy.deepcopy(model, {id(x): x for x in model.parameters()})
-    twin.config.attention_backend = twin.config.experts_backend = "prompt"
-    return twin
 
 
 def remark(model: GraniteMoeForCausalLM, rows: int) -> str:

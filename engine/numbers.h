@@ -50,12 +50,13 @@ typedef VECTOR(BYTES / 2, WEIGHT) Halves; typedef VECTOR(BYTES, uint32_t) Words;
 enum { STEP = sizeof(Some) / sizeof(Act) };
 
 static inline float exponential(float x) { /* 2^n e^r; unlike expf, of a register of numbers */
-    x = x < -87 ? -87 : x > 88 ? 88 : x;
-    const float n = rintf(x * 1.44269504f), r = x - n * 0.693147181f;
+    const float in = x < -87 ? -87 : x > 88 ? 88 : x;
+    const float n = rintf(in * 1.44269504f), r = in - n * 0.693147181f;
     /* no x / 3: a division takes as long as all of this */
     const float high = 1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f)));
     const float e_r = 1 + r * (1 + r * (1 / 2.f + r * high));
-    return e_r * (Bits){.bits = (uint32_t)((int32_t)n + 127) << 23}.x;
+    const float e_x = e_r * (Bits){.bits = (uint32_t)((int32_t)n + 127) << 23}.x;
+    return x < -87 ? 0 : x > 88 ? INFINITY : e_x;
 }
 static inline float swiglu(float gate, float up) {
     return rounded(gate / (1 + exponential(-gate))) * up;

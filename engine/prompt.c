@@ -99,7 +99,7 @@ static void attend(const Attention *a, Int head, Int t) {
     memset(y, 0, sizeof y);
     for (int j = 0; j < TOKENS; j++) {
         turn(a->q + (head * T + t + (j < few ? j : few - 1)) * C, C, q + j * PAIR);
-        soft.top[j] = -INFINITY;
+        soft.top[j] = -__FLT_MAX__; /* not -inf, which a score may be */
     }
     for (Int s = 0; s < all; s += KEYS, values += C * KEYS) {
         const Int M = all - s < KEYS ? (all - s + ROWS - 1) / ROWS * ROWS : KEYS;

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import generate
 import granitemoe
-from engine import cpu
+from engine import cpu, prompt
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 from test_granitemoe import (
     CHECKPOINTS,
@@ -117,6 +117,16 @@ def test_what_is_asked_for_runs(attention, experts, forms, called, folder):
     if attention == "blocks":  # leaves one query to the other, by a call and not by its name
         called.discard("sdpa")
     assert called == {attention} | forms
+
+
+def test_what_is_asked_for_takes_compiled_prompts(called, folder):
+    """Steps of one token are in C all the same."""
+    how = {"attention_backend": "eager", "experts_backend": "loop"}
+    collect(generate.load_model(folder, **how), [[5, 6, 7]], 3, compiled=True)
+    assert called == {"eager", "loop"}
+    called.clear()
+    collect(generate.load_model(folder), [[5, 6, 7]], 3, compiled=True)
+    assert called == {"prompt"}
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
@@ -416,29 +426,31 @@ SIZES = ((70, 67, 5, 3), (3, 1, 2, 1), (256, 128, 9, 4))  # D, F, E, K
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("N", (1, 2, 15, 16, 17, 33, 300, 1100))
+@torch.no_grad()
 def test_prompts_in_c(N, sizes):
     """Any number of tokens, of registers, of whole runs of an expert and parts of one."""
     for last in (-99.0, 99.0):  # nobody's, and everybody's
         given = routed(N, torch.float32, sizes, last)
         exact = granitemoe.experts_loop(*[x.double() for x in given[:4]], given[4])
-        assert relative(cpu.experts_prompt(*given).double(), exact) <= 1e-5
+        assert relative(prompt.experts_prompt(*given).double(), exact) <= 1e-5
         given = routed(N, torch.bfloat16, sizes, last)
         exact = granitemoe.experts_loop(*[x.double() for x in given[:4]], given[4])
         ours, eager = (
             (form(*given).double() - exact).norm()
-            for form in (cpu.experts_prompt, granitemoe.experts_loop)
+            for form in (prompt.experts_prompt, granitemoe.experts_loop)
         )
         assert ours <= 1.1 * eager
 
 
 @pytest.mark.parametrize("fault", PROMPT_FAULTS)
+@torch.no_grad()
 def test_faults_in_prompts_are_found(fault, fresh, tmp_path, monkeypatch):
     plant(*PROMPT_FAULTS[fault], tmp_path, monkeypatch)
     found = []
     for dtype in (torch.float32, torch.bfloat16):  # each row is odd: its tail matters in the second
         given = routed(900, dtype, (71, 67, 3, 2))
         exact = granitemoe.experts_loop(*given)
-        found.append(not relative(cpu.experts_prompt(*given), exact) <= 0.02)
+        found.append(not relative(prompt.experts_prompt(*given), exact) <= 0.02)
     assert any(found)
     assert all(found) or "tail" in fault
 
@@ -454,6 +466,7 @@ def queries(T: int, past: int, C: int, dtype: torch.dtype, heads: int = 3) -> li
 @pytest.mark.parametrize("T, past", (
     (2, 0), (15, 1), (16, 80), (17, 0), (33, 96), (95, 0), (96, 0), (97, 100), (300, 7),
 ))  # fmt: skip
+@torch.no_grad()
 def test_attention_of_prompts_in_c(T, past, C):
     """Any number of queries, of blocks of keys and of registers."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -461,17 +474,18 @@ def test_attention_of_prompts_in_c(T, past, C):
         exact = granitemoe.attend_eager(*[x.double() for x in given], None, 0.4, 0.0)
         ours, eager = (
             relative(form(*given, None, 0.4, 0.0).double(), exact)
-            for form in (cpu.attend_prompt, granitemoe.attend_eager)
+            for form in (prompt.attend_prompt, granitemoe.attend_eager)
         )
         assert ours <= (1e-5 if dtype == torch.float32 else 1.1 * eager)
 
 
 @pytest.mark.parametrize("fault", ATTENTION_FAULTS)
+@torch.no_grad()
 def test_faults_in_attention_are_found(fault, fresh, tmp_path, monkeypatch):
     plant(*ATTENTION_FAULTS[fault], tmp_path, monkeypatch)
     given = queries(200, 50, 10, torch.float32)
     exact = granitemoe.attend_eager(*given, None, 0.4, 0.0)
-    assert not relative(cpu.attend_prompt(*given, None, 0.4, 0.0), exact) <= 1e-3
+    assert not relative(prompt.attend_prompt(*given, None, 0.4, 0.0), exact) <= 1e-3
 
 
 def test_prompts_of_compiled_rows(folder, monkeypatch):
@@ -494,15 +508,78 @@ def test_prompts_of_compiled_rows(folder, monkeypatch):
         assert calls == layer * c.num_hidden_layers
         calls.clear()
     assert "prompt" not in (c.experts_backend, c.attention_backend)
-    twin = cpu.for_prompts(model)
+    twin = prompt.for_prompts(model)
     assert {id(x) for x in twin.parameters()} == {id(x) for x in model.parameters()}
+
+
+def test_what_hangs_on_a_model_stays_with_compiled_prompts(folder):
+    """Hooks of an object's own methods are called, and what cannot be copied is no obstacle."""
+
+    class Count:
+        calls, lock = 0, threading.Lock()
+
+        def hook(self, *_):
+            self.calls += 1
+
+    model, count = generate.load_model(folder), Count()
+    model.model.layers[1].self_attn.register_forward_hook(count.hook)
+    model.note = count.lock
+    assert collect(model, PROMPTS, 1, compiled=True) == collect(model, PROMPTS, 1)
+    assert count.calls == 2
+
+
+def test_what_is_not_left_to_prompts_in_c(fresh, monkeypatch):
+    """Gradients, dropout, a single query and heads too large for a stack; other dtypes are said."""
+    monkeypatch.setattr(cpu, "compile_step", None)
+    for C, T, drop, grad in ((8, 5, 0.0, True), (8, 5, 0.5, False), (8, 1, 0.0, False),
+                             (4096, 5, 0.0, False)):  # fmt: skip
+        given = [x.requires_grad_(grad) for x in queries(T, 3, C, torch.float32)]
+        with torch.set_grad_enabled(grad):
+            torch.manual_seed(0)
+            ours = prompt.attend_prompt(*given, None, 0.1, drop)
+            torch.manual_seed(0)
+            assert torch.equal(ours, cpu.attend_blocks(*given, None, 0.1, drop))
+        assert ours.requires_grad == grad
+    given = [x.requires_grad_(x.is_floating_point()) for x in routed(5, torch.float32, SIZES[0])]
+    assert prompt.experts_prompt(*given).requires_grad
+    for form, given in (
+        (prompt.attend_prompt, (*queries(5, 3, 8, torch.float16), None, 1.0, 0.0)),
+        (prompt.experts_prompt, routed(5, torch.float64, SIZES[0])),
+    ):
+        with pytest.raises(ValueError, match="compiled steps: need CUDA, or a CPU and bfloat16"):
+            form(*given)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@torch.no_grad()
+def test_extremes_of_prompts_in_c(dtype):
+    """Keys that nothing is left of, values that only a weight of 0 hides, gates of minus a lot."""
+    q, k, v = queries(40, 100, 8, dtype)
+    q = q.abs()
+    for low in (-torch.inf, -3e38):
+        k[:, :, :96] = low
+        ours, eager = (f(q, k, v, None, 1.0, 0.0) for f in (prompt.attend_prompt, eager_exact))
+        assert relative(ours, eager) <= (1e-5 if dtype == torch.float32 else 0.01)
+    q, k, v = queries(40, 0, 8, dtype)
+    v[:, :, 39] = 1e38
+    ours, eager = (f(q, k, v, None, 1.0, 0.0) for f in (prompt.attend_prompt, eager_exact))
+    assert relative(ours[:, :, :39], eager[:, :, :39]) <= (1e-5 if dtype == torch.float32 else 0.01)
+    one = torch.ones(1, 1, dtype=dtype)
+    for gate, up in ((-1e38, 1.0), (-200.0, 1e36), (-100.0, 1e37)):
+        gate_up = torch.tensor([[[gate, 0.0], [0.0, up]]], dtype=dtype)
+        x, down, ids = one.expand(1, 2), one.expand(1, 2, 1), torch.zeros(1, 1, dtype=torch.long)
+        assert prompt.experts_prompt(x, gate_up, down, one, ids).abs().max() <= 1e-5
+
+
+def eager_exact(q: Tensor, k: Tensor, v: Tensor, *more) -> Tensor:
+    return granitemoe.attend_eager(q.double(), k.double(), v.double(), *more).to(q.dtype)
 
 
 SANITIZED = """
 import torch, test_cpu
-from engine import cpu
+from engine import cpu, prompt
 cpu.FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
-torch.set_num_threads(2)
+torch.set_num_threads(2), torch.set_grad_enabled(False)
 for dtype in (torch.float32, torch.bfloat16):
     for shape, changes in test_cpu.SHAPES.items():
         model = test_cpu.build(4, dtype, **changes)
@@ -511,10 +588,11 @@ for dtype in (torch.float32, torch.bfloat16):
         assert torch.isfinite(ours).all()
     for sizes in test_cpu.SIZES:
         for tokens in (1, 17, 600):
-            assert torch.isfinite(cpu.experts_prompt(*test_cpu.routed(tokens, dtype, sizes))).all()
+            given = test_cpu.routed(tokens, dtype, sizes)
+            assert torch.isfinite(prompt.experts_prompt(*given)).all()
     for sizes in ((2, 0, 2), (33, 70, 10), (100, 0, 66)):
         given = test_cpu.queries(*sizes, dtype)
-        assert torch.isfinite(cpu.attend_prompt(*given, None, 1.0, 0.0)).all()
+        assert torch.isfinite(prompt.attend_prompt(*given, None, 1.0, 0.0)).all()
 print("clean")
 """
 
