@@ -121,12 +121,12 @@ def test_what_is_asked_for_runs(attention, experts, forms, called, folder):
 
 def test_what_is_asked_for_takes_compiled_prompts(called, folder):
     """Steps of one token are in C all the same."""
-    how = {"attention_backend": "eager", "experts_backend": "loop"}
-    collect(generate.load_model(folder, **how), [[5, 6, 7]], 3, compiled=True)
-    assert called == {"eager", "loop"}
-    called.clear()
-    collect(generate.load_model(folder), [[5, 6, 7]], 3, compiled=True)
-    assert called == {"prompt"}
+    asked = {"attention_backend": "eager", "experts_backend": "loop"}
+    for how, forms in ((asked, {"eager", "loop"}), ({}, {"prompt"})):
+        model = generate.load_model(folder, **how)
+        called.clear()  # of a trial
+        collect(model, [[5, 6, 7]], 3, compiled=True)
+        assert called == forms
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
