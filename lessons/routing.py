@@ -1,9 +1,9 @@
 """Show where a mixture of experts sends each token.
 
-    python lessons/routing.py "def add(a, b):"                       in colours
-    python lessons/routing.py "def add(a, b):" | cat                 with experts' numbers instead
-    python lessons/routing.py --file generate.py                     the load of a long text
-    python lessons/routing.py --file generate.py --html page.html    one page, without network
+    python lessons/routing.py "def add(a, b):"                         in colours
+    python lessons/routing.py "def add(a, b):" | cat                   with experts' numbers instead
+    python lessons/routing.py --file tiny/train.py                    the load of a long text
+    python lessons/routing.py --file tiny/train.py --html page.html   one page, without network
 
 The model is not touched: forward hooks on its routers write down what they return. A layer's
 experts are its own, so expert 3 of one layer has nothing to do with expert 3 of the next. Colours
