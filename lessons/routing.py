@@ -1,7 +1,7 @@
 """Show where a mixture of experts sends each token.
 
-    python lessons/routing.py "def add(a, b):"                         in colours
-    python lessons/routing.py "def add(a, b):" | cat                   with experts' numbers instead
+    python lessons/routing.py "def add(a, b):"                        in colours
+    python lessons/routing.py "def add(a, b):" | cat                  with experts' numbers instead
     python lessons/routing.py --file tiny/train.py                    the load of a long text
     python lessons/routing.py --file tiny/train.py --html page.html   one page, without network
 
