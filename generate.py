@@ -450,7 +450,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     forms = "same numbers, another speed (default: auto)"
     add("--attention", choices=("auto", *ATTENTION), default="auto", help=forms)
     add("--experts", choices=("auto", "batched", "loop", "runs"), default="auto", help=forms)
-    add("--compile", action="store_true", help="compile first, then decode faster")
+    add("--compile", action="store_true", help="compile first, then run faster")
 
 
 def open_model(args: argparse.Namespace, folder: Path) -> GraniteMoeForCausalLM:

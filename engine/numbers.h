@@ -49,10 +49,10 @@ typedef VECTOR(BYTES / 2, WEIGHT) Halves; typedef VECTOR(BYTES, uint32_t) Words;
 #endif
 enum { STEP = sizeof(Some) / sizeof(Act) };
 
-static inline float exponential(float x) { /* 2^n e^r; unlike expf, of a register of numbers */
+static inline float exponential(float x) { /* 2^n e^r; unlike expf, of whole registers */
     const float in = x < -87 ? -87 : x > 88 ? 88 : x;
     const float n = rintf(in * 1.44269504f), r = in - n * 0.693147181f;
-    /* no x / 3: a division takes as long as all of this */
+    /* 1 / 6.f and not r / 6: a division takes as long as all of this */
     const float high = 1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f)));
     const float e_r = 1 + r * (1 + r * (1 / 2.f + r * high));
     const float e_x = e_r * (Bits){.bits = (uint32_t)((int32_t)n + 127) << 23}.x;

@@ -1,8 +1,9 @@
-/* Experts and attention of granitemoe.py for the many tokens of a prompt. A step (cpu.c) waits for
-   its weights to be read; here arithmetic takes the time. So numbers lie the other way: a register
-   holds one number of LANES tokens, or PAIR numbers of each where the processor multiplies pairs,
-   and meets a weight that fills another register. ROWS of weights by TOKENS are summed at a time,
-   in registers. cpu.py fills in a Prompt or an Attention and calls the function that takes it. */
+/* Attention and experts of granitemoe.py for the many tokens of a prompt. A step (cpu.c) waits for
+   its weights to be read, and a register holds numbers that follow each other in one row. Here
+   arithmetic takes the time, and a register holds the same number of LANES tokens, or the same
+   PAIR of numbers where the processor multiplies pairs, which meet one weight, or pair, copied to
+   all lanes of another. ROWS of weights by TOKENS are summed at a time, in registers. prompt.py
+   fills in an Experts or an Attention and calls the function that takes it. */
 #include "numbers.h"
 #include <string.h>
 
@@ -13,11 +14,11 @@ enum {
 #else
     ROWS = 12, /* of 32 registers 24 */
 #endif
-    RUN = 256, /* tokens of one expert at a time, which stay in the second cache */
-    KEYS = 96  /* of attention at a time, whose scores stay in the first */
+    RUN = 256, /* tokens of one expert at a time, which stay in the L2 cache; whole TOKENS */
+    KEYS = 96  /* of attention at a time, whose scores stay in L1; whole ROWS */
 };
 
-/* y (ROWS, TOKENS) = w (ROWS, n) . x (n, TOKENS), of which the first V registers full. The rows
+/* y (ROWS, TOKENS) = w (ROWS, n) . x (n, TOKENS), the first V registers of each row of y. The rows
    that come next, `ahead` of these, are fetched meanwhile. */
 static inline __attribute__((always_inline)) void
 tile(const WEIGHT *const *w, Int n, Int ahead, const Act *x, float (*y)[TOKENS], const int V) {
@@ -40,7 +41,7 @@ tile(const WEIGHT *const *w, Int n, Int ahead, const Act *x, float (*y)[TOKENS],
         }
 }
 static void tile_of(const WEIGHT *const *w, Int n, Int ahead, const Act *x, Int tokens,
-                    float (*y)[TOKENS]) { /* what fills up TOKENS may be anything */
+                    float (*y)[TOKENS]) { /* beyond `tokens` y may be anything */
     if (tokens > LANES) tile(w, n, ahead, x, y, 2);
     else tile(w, n, ahead, x, y, 1);
 }
@@ -53,11 +54,11 @@ static void round_all(float (*y)[TOKENS]) { /* as PyTorch rounds a product */
 static void turn(const WEIGHT *row, Int n, Act *to) {
     for (Int i = 0; i + PAIR <= n; i += PAIR, row += PAIR, to += TOKENS * PAIR)
         for (int j = 0; j < PAIR; j++) to[j] = as_act(row[j]);
-    if (n % PAIR) to[0] = to[1] = as_act(row[0]);
+    if (n % PAIR) to[0] = as_act(row[0]), to[1] = 0;
 }
 
 /* ----------------------------------------------------------------------------------- attention */
-typedef struct { /* engine/cpu.py has the same fields in the same order */
+typedef struct { /* engine/prompt.py has the same fields in the same order */
     Int B, H, G, T, S, C, threads;
     float scale;
     const WEIGHT *q, *k, *values; /* (B, H, T, C), (B, G, S, C), (B, G, S / KEYS, C, KEYS) */
@@ -66,8 +67,8 @@ typedef struct { /* engine/cpu.py has the same fields in the same order */
 
 typedef struct { float top[TOKENS], sum[TOKENS], shrink[TOKENS]; } Softmax; /* so far */
 
-/* p (M, TOKENS), of PAIR numbers = e^(scores - top), where top is the highest so far. If that has
-   grown, all sums before shrink. The first query sees `seen` of M keys, each next one more. */
+/* p (M / PAIR, TOKENS, PAIR) = e^(scores - top), where top is the highest so far. If it has grown,
+   what was summed before has to shrink. Of M keys the first query sees `seen`, the next 1 more. */
 static void softmax(float (*scores)[TOKENS], int M, int seen, float scale, Softmax *so_far,
                     Act *p) {
     Softmax now = *so_far;
@@ -87,14 +88,14 @@ static void softmax(float (*scores)[TOKENS], int M, int seen, float scale, Softm
     *so_far = now;
 }
 
-/* For the queries of one head from t on, TOKENS of them, KEYS after KEYS (arXiv 2205.14135) */
+/* What TOKENS queries of one head see, from query t on; KEYS at a time (arXiv 2205.14135) */
 static void attend(const Attention *a, Int head, Int t) {
     const Int C = a->C, T = a->T, S = a->S, few = T - t < TOKENS ? T - t : TOKENS;
     const Int key_head = head / (a->H / a->G), seen = S - T + t + 1, all = seen + few - 1;
     const WEIGHT *keys = a->k + key_head * S * C, *w[ROWS];
     const WEIGHT *values = a->values + key_head * ((S + KEYS - 1) / KEYS) * C * KEYS;
     float scores[KEYS][TOKENS], y[C + ROWS][TOKENS], part[ROWS][TOKENS];
-    Act q[C * TOKENS], p[KEYS * TOKENS];
+    Act q[(C + 1) * TOKENS], p[KEYS * TOKENS];
     Softmax soft = {0};
     memset(y, 0, sizeof y);
     for (int j = 0; j < TOKENS; j++) {
@@ -127,22 +128,22 @@ static void attend(const Attention *a, Int head, Int t) {
 void attention(const Attention *a) {
     const Int heads = a->B * a->H, blocks = (a->T + TOKENS - 1) / TOKENS;
 #pragma omp parallel for num_threads(a->threads) schedule(dynamic)
-    for (Int i = heads * blocks - 1; i >= 0; i--) /* first those that see most */
+    for (Int i = heads * blocks - 1; i >= 0; i--) /* those that see most go first */
         attend(a, i % heads, i / heads * TOKENS);
 }
 
 /* --------------------------------------------------------------------------- mixture of experts */
 typedef struct { /* the same; tokens are sorted, so that each expert's are a run */
-    Int E, D, F, Y, threads; /* Y: from row to row of y_ND, at least D + ROWS - 1 */
+    Int E, D, F, Y, threads; /* Y: from row to row of y_ND; D + ROWS - 1 or more, for whole ROWS */
     const WEIGHT *gate_up_EPD, *down_EDF, *x_ND;
     const Int *tokens_M, *ends_E;
     const float *weights_M;
     float *y_ND;     /* of zeros at first */
-    Act *x, *hidden; /* (RUN / TOKENS, D or F, TOKENS), of PAIR numbers */
-} Prompt;
+    Act *x, *hidden; /* (RUN / TOKENS, D or F filled up to PAIR, TOKENS) */
+} Experts;
 
 /* p->hidden = swiglu of gate_up (2 F, D) . p->x, half of ROWS for the gate and half for up */
-static void gate_and_up(const Prompt *p, const WEIGHT *gate_up, Int M, Int even_D, Int even_F) {
+static void gate_and_up(const Experts *p, const WEIGHT *gate_up, Int M, Int even_D, Int even_F) {
     const Int D = p->D, F = p->F, half = ROWS / 2;
     SHARE(b, (F + half - 1) / half) {
         const WEIGHT *w[ROWS];
@@ -163,7 +164,7 @@ static void gate_and_up(const Prompt *p, const WEIGHT *gate_up, Int M, Int even_
 }
 
 /* y_ND += weights * (down (D, F) . p->hidden), token by token */
-static void down(const Prompt *p, const WEIGHT *down_DF, Int start, Int M, Int even_F) {
+static void down(const Experts *p, const WEIGHT *down_DF, Int start, Int M, Int even_F) {
     const Int D = p->D, F = p->F, *tokens = p->tokens_M + start;
     SHARE(b, (D + ROWS - 1) / ROWS) {
         const WEIGHT *w[ROWS];
@@ -185,7 +186,7 @@ static void down(const Prompt *p, const WEIGHT *down_DF, Int start, Int M, Int e
     }
 }
 
-void experts(const Prompt *p) {
+void experts(const Experts *p) {
     const Int even_D = (p->D + PAIR - 1) / PAIR * PAIR, even_F = (p->F + PAIR - 1) / PAIR * PAIR;
 #pragma omp parallel num_threads(p->threads)
     for (Int e = 0, start = 0; e < p->E; e++)

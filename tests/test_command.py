@@ -234,7 +234,7 @@ def test_pipe_that_waits(speaker):
     (["--dtype", "bfloat16"], "cpu, bfloat16, attention: blocks, experts: runs;"),
     (["--attention", "eager", "--experts", "loop"], "attention: eager, experts: loop;"),
     (["--experts", "batched"], "experts: gathered/grouped;"),
-    (["--compile"], "experts: runs, compiled steps: C;"),
+    (["--compile"], "experts: runs, compiled prompts and steps: C;"),
 ), ids=("auto", "bfloat16", "asked for", "batched", "compiled"))  # fmt: skip
 def test_the_bracket_line_names_the_forms(options, words, folder, monkeypatch, capsys):
     args = ["--model", str(folder), "--max-new-tokens", "1", *options, PROMPT]
