@@ -45,6 +45,10 @@ static void tile_of(const WEIGHT *const *w, Int n, Int ahead, const Act *x, Int 
     if (tokens > LANES) tile(w, n, ahead, x, y, 2);
     else tile(w, n, ahead, x, y, 1);
 }
+/* w = rows of a matrix (count, n), from the i-th on; where it ends, its last again */
+static void rows_of(const WEIGHT *matrix, Int count, Int n, Int i, int rows, const WEIGHT **w) {
+    for (int r = 0; r < rows; r++, i += i < count - 1) w[r] = matrix + i * n;
+}
 static void round_all(float (*y)[TOKENS]) { /* as PyTorch rounds a product */
     for (int r = 0; r < ROWS; r++)
         for (int j = 0; j < TOKENS; j++) y[r][j] = rounded(y[r][j]);
@@ -105,12 +109,12 @@ static void attend(const Attention *a, Int head, Int t) {
     for (Int s = 0; s < all; s += KEYS, values += C * KEYS) {
         const Int M = all - s < KEYS ? (all - s + ROWS - 1) / ROWS * ROWS : KEYS;
         for (Int i = 0; i < M; i += ROWS) {
-            for (Int r = 0; r < ROWS; r++) w[r] = keys + (s + i + r < S ? s + i + r : S - 1) * C;
+            rows_of(keys, S, C, s + i, ROWS, w);
             tile_of(w, C, ROWS * C, q, few, scores + i);
         }
         softmax(scores, M, seen - s, a->scale, &soft, p);
         for (Int c = 0; c < C; c += ROWS) {
-            for (Int r = 0; r < ROWS; r++) w[r] = values + (c + r < C ? c + r : C - 1) * KEYS;
+            rows_of(values, C, KEYS, c, ROWS, w);
             tile_of(w, M, ROWS * KEYS, p, few, part);
             for (int r = 0; r < ROWS; r++)
                 for (int j = 0; j < TOKENS; j++)
@@ -148,8 +152,8 @@ static void gate_and_up(const Experts *p, const WEIGHT *gate_up, Int M, Int even
     SHARE(b, (F + half - 1) / half) {
         const WEIGHT *w[ROWS];
         float y[ROWS][TOKENS];
-        for (Int r = 0, f = b * half; r < half; r++, f += f < F - 1)
-            w[r] = gate_up + f * D, w[r + half] = gate_up + (F + f) * D;
+        rows_of(gate_up, F, D, b * half, half, w);
+        rows_of(gate_up + F * D, F, D, b * half, half, w + half);
         for (Int t = 0; t < M; t += TOKENS) {
             Act *to = p->hidden + t * even_F + b * half * TOKENS;
             tile_of(w, D, half * D, p->x + t * even_D, M - t, y);
@@ -169,7 +173,7 @@ static void down(const Experts *p, const WEIGHT *down_DF, Int start, Int M, Int 
     SHARE(b, (D + ROWS - 1) / ROWS) {
         const WEIGHT *w[ROWS];
         float y[ROWS][TOKENS];
-        for (Int r = 0, d = b * ROWS; r < ROWS; r++, d += d < D - 1) w[r] = down_DF + d * F;
+        rows_of(down_DF, D, F, b * ROWS, ROWS, w);
         for (Int t = 0; t < M; t += TOKENS) {
             const Int end = t + TOKENS < M ? t + TOKENS : M;
             for (Int j = t; j < end; j++)

@@ -359,7 +359,7 @@ PROMPT_FAULTS = {
     "one expert short": ("e < p->E; e++", "e < p->E - 1; e++"),
     "the first run of an expert only": ("start += M)", "start = p->ends_E[e])"),
     "the tail of a row left out": ("{rows[r][n - 1]}", "{0 * rows[r][n - 1]}"),
-    "one row of weights too far": ("gate_up + (F + f) * D", "gate_up + (F + f - 1) * D"),
+    "one row of weights too far": ("gate_up + F * D, F", "gate_up + (F - 1) * D, F"),
     "weights of the run's first tokens": ("[start + j]", "[start]"),
     "half of the last tokens": ("if (tokens > LANES)", "if (0)"),
 }
