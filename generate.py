@@ -17,17 +17,18 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from engine import terminal
+from files import terminal
 
 with terminal.starting(__name__):
     import torch
     from torch import Tensor
 
-    from engine import checkpoint, cpu, cuda, prompt  # whose forms go into the open tables
-    from engine.chat import load_chat_template
-    from engine.checkpoint import CheckpointError  # noqa: F401  (what load_model raises)
-    from engine.cuda import Step
-    from engine.tokenizer import decoder, encode, load_tokenizer
+    from fast import cpu, cuda, prompt  # whose forms go into the open tables
+    from fast.cuda import Step
+    from files import checkpoint
+    from files.chat import load_chat_template
+    from files.checkpoint import CheckpointError  # noqa: F401  (what load_model raises)
+    from files.tokenizer import decoder, encode, load_tokenizer
     from granitemoe import ATTENTION, GraniteMoeForCausalLM, KVCache, choose_experts
 
 TINY = Path(__file__).resolve().parent / "tiny"

@@ -30,14 +30,14 @@ probe 60 env
 echo "-> grouped product without a kernel: batches of more assignments than experts synchronise, captured ones go in pieces"
 probe 90 kernels
 echo "-> _math anywhere in fused: a prompt's further pieces or padding fill the memory with scores"
-go 240 "$PY" -m pytest -q -p no:cacheprovider --tb=line tests/test_cuda.py ${DRY:+--collect-only}
+go 240 "$PY" -m pytest -q -p no:cacheprovider --tb=line tests/test_fast_cuda.py ${DRY:+--collect-only}
 echo "-> a failure here is news: everything that follows rests on these"
 probe 90 plain
 echo "-> largest over 5 x the median, or sdpa slower than fused: cuDNN plans anew for each length, and should be out of prompts too"
 probe 90 memory
 echo "-> growth: a stream or a graph outlives its reply"
 probe 120 step captured 1
-echo "-> right, and faster than plain: set CAPTURE_ALWAYS in engine/cuda.py"
+echo "-> right, and faster than plain: set CAPTURE_ALWAYS in fast/cuda.py"
 TORCH_LOGS=recompiles probe 300 step compiled 1
 echo "-> recompiles: none is expected; more than 11 launches a layer: read the largest; late far slower than early: attention"
 COMBO=0 probe 300 step compiled 1

@@ -81,7 +81,7 @@ class Ours:
         self, model: Model, batch: int, door: Callable | None = None,
         for_prompts: Callable[[Model], Model] = lambda model: model,
     ) -> None:  # fmt: skip
-        """door: what makes a token step for a cache, as engine.cpu.token_step does; for_prompts:
+        """door: what makes a token step for a cache, as fast.cpu.token_step does; for_prompts:
         what makes the model that takes several tokens a row."""
         self.module, self.door, self.made = model, door, None
         self.prefill = for_prompts(model)

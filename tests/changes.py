@@ -11,7 +11,7 @@ import pytest
 from conftest import CONFIG, EMBED, INDEX, SHARDS, WEIGHTS, audited, pack, unpack
 from safetensors.torch import load, save_file
 
-from engine.checkpoint import SPELLINGS, CheckpointError
+from files.checkpoint import SPELLINGS, CheckpointError
 
 Change = Callable[[Path], None]
 LAYER = "model.layers.1."

@@ -55,7 +55,7 @@ from test_checkpoint import ROWS as CHECKPOINTS
 from test_tokenizer import LEFTOVERS
 from test_tokenizer import ROWS as TOKENIZERS
 
-from engine.checkpoint import WRAPPERS
+from files.checkpoint import WRAPPERS
 
 ARGS = ("--max-new-tokens", "3", "a 1")
 JUNK = [None, True, -1, 0, "x", "8", [], {}, [8], INF, -INF, INF - INF, 10**30, 10**400, 1e40]

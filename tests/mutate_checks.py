@@ -20,8 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (
-    "granitemoe.py", "generate.py", "engine/checkpoint.py", "engine/tokenizer.py",
-    "engine/chat.py", "engine/terminal.py", "engine/cuda.py", "engine/cpu.py",
+    "granitemoe.py", "generate.py", "files/checkpoint.py", "files/tokenizer.py",
+    "files/chat.py", "files/terminal.py", "fast/cuda.py", "fast/cpu.py",
 )  # fmt: skip
 ROOMS = ("generation", "checkpoint", "tokenizer", "chat", "cpu", "cuda", "command")
 TESTS = [f"tests/test_{name}.py" for name in ROOMS]
@@ -100,7 +100,7 @@ def survives(job: tuple[str, str, str]) -> bool:
     with tempfile.TemporaryDirectory(prefix="mutant") as folder:
         for name in ("granitemoe.py", "generate.py", "test_granitemoe.py"):
             shutil.copy(ROOT / name, folder)
-        for name in ("tests", "engine"):
+        for name in ("tests", "files", "fast"):
             shutil.copytree(ROOT / name, Path(folder) / name)
         (Path(folder) / "tiny").symlink_to(ROOT / "tiny")
         (Path(folder) / file).write_text(source)

@@ -15,7 +15,7 @@ from conftest import END, ROLE_END, START, command, forked, problem, rss, tokeni
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from engine import chat
+from files import chat
 from generate import CheckpointError, load_chat_template, load_tokenizer
 
 TURN = (

@@ -70,7 +70,7 @@ from conftest import (
 from safetensors.torch import load, save_file
 from test_tokenizer import ROWS as TOKENIZERS
 
-from engine.checkpoint import READERS
+from files.checkpoint import READERS
 from generate import CheckpointError, load_model, load_tokenizer
 
 # --------------------------------------------------------------------------------- the bad folders

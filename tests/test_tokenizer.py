@@ -10,7 +10,7 @@ from changes import NESTED, Change, assert_refused, both, config, device, edit, 
 from conftest import END, START, checkpoint, parts, tokenizer
 from tokenizers import Tokenizer, decoders, models
 
-from engine.tokenizer import decoder, encode
+from files.tokenizer import decoder, encode
 from generate import TextStream, load_tokenizer
 
 

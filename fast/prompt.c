@@ -62,7 +62,7 @@ static void turn(const WEIGHT *row, Int n, Act *to) {
 }
 
 /* ----------------------------------------------------------------------------------- attention */
-typedef struct { /* engine/prompt.py has the same fields in the same order */
+typedef struct { /* fast/prompt.py has the same fields in the same order */
     Int B, H, G, T, S, C, threads;
     float scale;
     const WEIGHT *q, *k, *values; /* (B, H, T, C), (B, G, S, C), (B, G, S / KEYS, C, KEYS) */

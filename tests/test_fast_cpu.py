@@ -18,7 +18,7 @@ from torch import Tensor
 
 import generate
 import granitemoe
-from engine import cpu, prompt
+from fast import cpu, prompt
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 from test_granitemoe import (
     CHECKPOINTS,
@@ -579,22 +579,22 @@ def eager_exact(q: Tensor, k: Tensor, v: Tensor, *more) -> Tensor:
 
 
 SANITIZED = """
-import torch, test_cpu
-from engine import cpu, prompt
+import torch, test_fast_cpu
+from fast import cpu, prompt
 cpu.FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 torch.set_num_threads(2), torch.set_grad_enabled(False)
 for dtype in (torch.float32, torch.bfloat16):
-    for shape, changes in test_cpu.SHAPES.items():
-        model = test_cpu.build(4, dtype, **changes)
+    for shape, changes in test_fast_cpu.SHAPES.items():
+        model = test_fast_cpu.build(4, dtype, **changes)
         pads = torch.tensor([[0], [1], [0], [3], [2]])
-        ours, plain = test_cpu.both(model, test_cpu.random_rows(model, 5, 7), 4, pads)
+        ours, plain = test_fast_cpu.both(model, test_fast_cpu.random_rows(model, 5, 7), 4, pads)
         assert torch.isfinite(ours).all()
-    for sizes in test_cpu.SIZES:
+    for sizes in test_fast_cpu.SIZES:
         for tokens in (1, 17, 600):
-            given = test_cpu.routed(tokens, dtype, sizes)
+            given = test_fast_cpu.routed(tokens, dtype, sizes)
             assert torch.isfinite(prompt.experts_prompt(*given)).all()
     for sizes in ((2, 0, 2), (33, 70, 10), (100, 0, 66)):
-        given = test_cpu.queries(*sizes, dtype)
+        given = test_fast_cpu.queries(*sizes, dtype)
         assert torch.isfinite(prompt.attend_prompt(*given, None, 1.0, 0.0)).all()
 print("clean")
 """

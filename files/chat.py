@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.checkpoint import (
+from files.checkpoint import (
     find_folder,
     naming,
     open_file,
@@ -18,7 +18,7 @@ from engine.checkpoint import (
     require,
     shown,
 )
-from engine.tokenizer import END, ROLE_END, START, known, panics_caught
+from files.tokenizer import END, ROLE_END, START, known, panics_caught
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.checkpoint import find_folder, naming, open_file, read_config, read_json, require
+from files.checkpoint import find_folder, naming, open_file, read_config, read_json, require
 
 if TYPE_CHECKING:  # imported where text is used, so that ids need no tokenizer
     from tokenizers import Tokenizer

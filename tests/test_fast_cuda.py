@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 import generate
 import granitemoe
-from engine import cpu, cuda, terminal
+from fast import cpu, cuda
+from files import terminal
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 from test_granitemoe import (
     GRADIENTS,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.cpu import FLOAT, attend_blocks, check, experts_runs, library, struct, weights_of
+from fast.cpu import FLOAT, attend_blocks, check, experts_runs, library, struct, weights_of
 from granitemoe import (
     ATTENTION,
     EXPERTS,

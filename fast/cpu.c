@@ -41,7 +41,7 @@ static int dots(const WEIGHT *w, Int outputs, const Act *x, const Int *from, Int
 }
 
 /* -------------------------------------------------------------------------------------- config */
-typedef struct { /* engine/cpu.py has the same fields in the same order */
+typedef struct { /* fast/cpu.py has the same fields in the same order */
     Int V, D, F, L, H, G, C, E, K, B, S, at, threads; /* at: the slot of the new tokens */
     float eps, embedding_multiplier, attention_multiplier, residual_multiplier, logits_scaling;
     const struct { /* a layer's weights, (outputs, inputs) each, by their names on disk */

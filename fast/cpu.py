@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.cuda import Step
+from fast.cuda import Step
 from granitemoe import (
     ATTENTION,
     EXPERTS,
