@@ -4,17 +4,16 @@
     python generate.py --model FOLDER_OR_HUB_ID --chat     a released one, as a conversation
 
 Reading order: load_model, generate and its steps, how the next id is chosen, text as it is made, a
-conversation, the command. Strangers' files and the faster forms of a step are in engine/.
+conversation, the command. Reading untrusted files is in files/; the steps of --compile in fast/.
 """
 
 import argparse
-import functools
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 
 from files import terminal
@@ -23,47 +22,52 @@ with terminal.starting(__name__):
     import torch
     from torch import Tensor
 
-    from fast import cpu, cuda, prompt  # whose forms go into the open tables
-    from fast.cuda import Step
+    import fast
     from files import checkpoint
     from files.chat import load_chat_template
-    from files.checkpoint import CheckpointError  # noqa: F401  (what load_model raises)
+    from files.checkpoint import DTYPES, CheckpointError  # noqa: F401  (what load_model raises)
     from files.tokenizer import decoder, encode, load_tokenizer
-    from granitemoe import ATTENTION, GraniteMoeForCausalLM, KVCache, choose_experts
+    from granitemoe import ATTENTION, EXPERTS, GraniteMoeForCausalLM, KVCache, auto_experts
 
-TINY = Path(__file__).resolve().parent / "tiny"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TINY = terminal.TINY
 PREFILL_TOKENS = 2048  # at a time: bounds the memory of a prefill, however long the prompts
 CHAT_TOKENS = 16384  # of a conversation: its cache is allocated at once
 
 
 # ---------------------------------------------------------------------------------------- loading
 def load_model(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None,
-    attention_backend: str = "auto", experts_backend: str = "auto",
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    attention_backend: str = "auto",
+    experts_backend: str = "auto",
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> GraniteMoeForCausalLM:  # fmt: skip
+) -> GraniteMoeForCausalLM:
     """Read a checkpoint: a folder with config.json and model.safetensors or shards, or a hub id.
 
     device: as torch names it, or "auto".
     dtype: of the model; None keeps that of the config or, where it names none, of the embedding.
     attention_backend, experts_backend: names in granitemoe's ATTENTION and EXPERTS, "batched", or
-    "auto", which names the fastest for device and dtype: see model.config for what it took.
+    "auto", which suits the device: see model.config for what it took.
     progress: called after each tensor with how many are read, and of how many.
     Memory never holds more than the model and one tensor, and nothing stays tied to the files.
     Raises CheckpointError for what is missing, unexpected, damaged or not finite, and its base
     class ValueError for arguments."""
-    folder, device = checkpoint.find_folder(path), pick_device(str(device))
-    config, stored = checkpoint.read_config(folder), checkpoint.find_tensors(folder)
-    dtype = pick_dtype(dtype or checkpoint.own_dtype(config, stored))
-    attention, experts = pick_forms((attention_backend, experts_backend), device, dtype)
+    folder = checkpoint.find_folder(path)
+    device = checkpoint.pick_device(str(device))
+    config = checkpoint.read_config(folder)
+    stored = checkpoint.check(folder, config)  # headers alone
+    dtype = checkpoint.pick_dtype(dtype, config, stored)
+    attention = "sdpa" if attention_backend == "auto" else attention_backend
+    experts = auto_experts(device) if experts_backend == "auto" else experts_backend
     config = replace(config, attention_backend=attention, experts_backend=experts)
-    model = checkpoint.empty_model(folder, config, stored)
-    checkpoint.match_tensors(folder, stored, model)
-    q, k = (torch.zeros(1, n, 2, config.head_dim, dtype=dtype, device=device) for n in (2, 1))
-    ATTENTION[attention](q, k, k, None, 1.0, 0.0)  # a try: ValueError if it cannot run here
-    weights: dict[str, Tensor] = {}
-    for name, tensor in checkpoint.read_tensors(stored, dtype, device):
+    q = torch.zeros(1, 2, 2, config.head_dim, dtype=dtype, device=device)
+    ATTENTION[attention](q, q, q, None, 1.0, 0.0)  # a try: ValueError if it cannot run here
+    with torch.device("meta"):  # where tensors have shapes and no memory
+        model = GraniteMoeForCausalLM(config)
+    weights = {}
+    for name, tensor in checkpoint.read(stored, dtype, device):  # by their names in released files
         weights[name] = tensor
         progress(len(weights), len(stored))
     if config.tie_word_embeddings:
@@ -72,166 +76,163 @@ def load_model(
     return model.eval()
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA, else MPS, else the CPU. Raises ValueError for what this machine lacks."""
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    available = [*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    wanted = {"auto": available[0], "cuda": "cuda:0"}.get(name, name)
-    if wanted not in available:
-        raise ValueError(f"device: must be auto or one of {available}, got {name!a:.40}")
-    return torch.device(wanted)
-
-
-def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if dtype not in DTYPES and dtype not in DTYPES.values():
-        raise ValueError(f"dtype: must be one of {list(DTYPES)}, got {dtype!a:.40}")
-    return DTYPES.get(dtype, dtype)
-
-
-def pick_forms(forms: tuple[str, str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Names of attention and experts, with "auto" replaced by the fastest for device and dtype.
-    Names that granitemoe.py lacks are the engine's; all forms give the same numbers."""
-    attention = "blocks" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
-    fastest = ("fused", "batched") if device.type == "cuda" else (attention, "runs")
-    return [best if form == "auto" else form for form, best in zip(forms, fastest, strict=True)]
-
-
 # ------------------------------------------------------------------------------------- generation
 def generate(
-    model: GraniteMoeForCausalLM, prompts: list[list[int]], max_new_tokens: int, *,
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-    repetition_penalty: float = 1.0, eos_token_ids: Collection[int] | int | None = (),
-    seed: int | None = None, cache: KVCache | None = None, compiled: bool = False,
-) -> Iterator[list[int | None]]:  # fmt: skip
+    model: GraniteMoeForCausalLM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    eos_token_ids: Collection[int] | int | None = None,
+    seed: int | None = None,
+    cache: KVCache | None = None,
+    compiled: bool = False,
+) -> Iterator[list[int | None]]:
     """Continue prompts (lists of ids, of any lengths); yields at each step one new id a row.
 
     A row ends after one of eos_token_ids (which it yields), after max_new_tokens, or where the
-    context is full; from then on it yields None. Row i draws from a generator of its own, seeded
-    with seed + i, so that it does not depend on its neighbours; seed None takes random ones.
+    context is full; from then on it yields None. eos_token_ids None is the model's own, () none.
+    Row i draws from a generator of its own, seeded with seed + i, so that it does not depend on
+    its neighbours; seed None takes random ones.
     cache: continue after the tokens that it holds (one row only); the last id yielded is not in it.
-    compiled: run steps of one token a row, and prompts on a CPU, as the engine compiles them.
+    compiled: take the steps of fast.step, which says where there are none.
     Raises ValueError for bad arguments at once, and for logits that are not finite, at their step.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     context = model.config.max_position_embeddings
-    context = min(context, cache.max_length) - cache.length if cache else context
+    if cache is not None:
+        context = min(context, cache.max_length) - cache.length
     check_prompts(prompts, model.config.vocab_size - 1, context)
-    if cache and len(prompts) > 1:
+    if cache is not None and len(prompts) > 1:
         raise ValueError(f"prompts: must be one with a cache, got {len(prompts)}")
     limits = [min(max_new_tokens, context - len(ids)) for ids in prompts]
-    eos = frozenset([eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids or ())
-    return _steps(model, prompts, limits, sampling, eos, cache, compiled)
+    ends = end_tokens(model, eos_token_ids)
+    return continued(model, prompts, limits, sampling, ends, cache, compiled)
 
 
 @torch.inference_mode()
-def _steps(
-    model: GraniteMoeForCausalLM, prompts: list[list[int]], limits: list[int],
-    sampling: "Sampling", eos: frozenset[int], cache: KVCache | None, compiled: bool,
-) -> Iterator[list[int | None]]:  # fmt: skip
-    """Prefill, then one token a step; limits: how many tokens each row may still get."""
+def continued(model, prompts, limits, sampling, ends, cache, compiled) -> Iterator:
+    """The loop of generate; limits: how many ids each row may still get."""
     if max(limits) < 1:
         return
-    weight, B, longest = model.model.norm.weight, len(prompts), max(map(len, prompts))
-    device, like = weight.device, {"device": weight.device, "dtype": weight.dtype}
-    cache = cache or KVCache(model.config, B, longest + max(limits), **like)
-    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
-    for row, ids in enumerate(prompts):
-        seen[row, cache.ids[row, : cache.length].tolist() + ids] = True
-    choose = functools.partial(next_ids, seen=seen, sampling=sampling)
+    weight = model.model.norm.weight
+    device, V = weight.device, model.config.vocab_size
+    B, longest = len(prompts), max(map(len, prompts))
+    if cache is None:
+        room = longest + max(limits)
+        cache = KVCache(model.config, B, room, device=device, dtype=weight.dtype)
+    # pad on the left, so that all rows go on at the same slot of the cache
     pads = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
-    draw = uniform_rows(sampling.seed, B, device)
-    prefill = prompt.for_prompts(model) if compiled else model
-    step, uniform = plain_step(prefill, cache, pads, choose), draw()
-    for chunk in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
-        new = step(chunk, uniform)  # the last chunk's counts
-    if compiled and max(limits) > 1:
-        step = (cuda if device.type == "cuda" else cpu).token_step(model, cache, pads, choose)
-    elif cuda.CAPTURE_ALWAYS and device.type == "cuda":
-        step = cuda.capture(model, cache, pads, choose)
+    seen = torch.zeros(B, V, dtype=torch.bool, device=device)  # for the repetition penalty
+    for row, ids in enumerate(prompts):
+        seen[row, cache.ids[row, : cache.length].tolist() + ids] = True
+    generators = row_generators(sampling.seed, B)
+    # prefill in pieces; the logits of the last one count
+    make_step = fast.step if compiled else plain_step
+    step = make_step(model, cache, pads)
+    for piece in padded.split(max(1, PREFILL_TOKENS // B), dim=1):
+        logits = step(piece)
     for count in range(max(limits)):
-        ids = new.tolist()  # synchronises with the host
-        if -1 in ids:  # next_ids' mark
+        ids, finite = sample(logits, seen, sampling, generators)
+        new, good = torch.stack((ids, finite)).tolist()  # the only wait for the device
+        if not all(good):
             raise ValueError(f"logits: not finite at step {count}; a wider dtype may help")
-        ids = [i if count < limit else None for i, limit in zip(ids, limits, strict=True)]
-        yield ids
-        limits = [0 if i in eos else limit for i, limit in zip(ids, limits, strict=True)]
+        row_ids = [i if count < limit else None for i, limit in zip(new, limits, strict=True)]
+        yield row_ids
+        limits = [0 if i in ends else limit for i, limit in zip(row_ids, limits, strict=True)]
         if count + 1 >= max(limits):
             return
-        seen.scatter_(1, new[:, None], True)
-        new = step(new[:, None], uniform if sampling.temperature == 0 else draw())
+        seen.scatter_(1, ids[:, None], True)
+        logits = step(ids[:, None])
 
 
-def plain_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choose: Step) -> Step:
-    """A step: from ids (B, T), which the cache then holds, and uniform numbers (B, 1) to new ids.
-    pads (B, 1): how many slots of the cache each row leaves empty on the left; masks come from
-    them, since the id that pads is a real one too. choose: from logits (B, V) and the numbers."""
-    mask = torch.arange(cache.max_length, device=pads.device) >= pads  # (B, S)
+def plain_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> fast.Step:
+    """A function from new ids (B, T), which the cache then holds, to the logits (B, V) after the
+    last of them, in float32: granitemoe.py's own forward. pads (B, 1): how many slots each row
+    leaves empty on the left. Masks come from them, since the id that pads is a real one too."""
+    slots = torch.arange(cache.max_length, device=pads.device)
+    mask = slots >= pads  # (B, max_length)
     padded = bool(pads.any())
 
-    def step(ids: Tensor, uniform: Tensor) -> Tensor:
+    def step(ids: Tensor) -> Tensor:
         inputs, end = {}, cache.length + ids.shape[1]
         if padded:
-            slots = torch.arange(cache.length, end, device=ids.device)
-            inputs = {"attention_mask": mask[:, :end], "position_ids": (slots - pads).clamp(min=0)}
-        logits = model(ids, cache=cache, logits_to_keep=1, **inputs).logits
-        return choose(logits[:, -1].float(), uniform)
+            positions = (slots[cache.length : end] - pads).clamp(min=0)
+            inputs = {"attention_mask": mask[:, :end], "position_ids": positions}
+        output = model(ids, cache=cache, logits_to_keep=1, **inputs)
+        return output.logits[:, -1].float()
 
     return step
 
 
-def check_prompts(prompts: list[list[int]], last: int, context: int) -> None:
+def check_prompts(prompts, last, context) -> None:
     """Raises ValueError unless all are lists of ids from 0 to last, no longer than the context."""
     if not isinstance(prompts, list) or not prompts:
         raise ValueError("prompts: must be a list of at least one prompt")
     for row, ids in enumerate(prompts):
         if not isinstance(ids, list) or not ids:
             raise ValueError(f"prompts[{row}]: must be a list of ids, not empty")
-        for at, i in enumerate(ids):
-            if type(i) is not int or not 0 <= i <= last:
-                raise ValueError(f"prompts[{row}][{at}]: {i!a:.40} must be an id from 0 to {last}")
         if len(ids) > context:
             raise ValueError(f"prompts[{row}]: has {len(ids)} tokens, room is for {context}")
+        for i in ids:
+            if not is_number(i, Integral, 0, last):
+                raise ValueError(f"prompts[{row}]: {i!a:.40} must be an id from 0 to {last}")
+
+
+def end_tokens(model: GraniteMoeForCausalLM, given) -> set[int]:
+    """Those given or, for None, the model's own: its config names none, one or several."""
+    ends = model.config.eos_token_id if given is None else given
+    if ends is None:
+        return set()
+    if isinstance(ends, Integral):
+        return {ends}
+    return set(ends)
 
 
 # ------------------------------------------------------------------------------------ the next id
-def option(default: float | None, test: Callable, allowed: str, *help: str) -> float | None:
-    """A field of Sampling: its test, what is allowed in words, the command's letter and help."""
-    return field(default=default, metadata={"test": test, "allowed": allowed, "help": help})
+def is_number(value, kind, low, high=torch.inf) -> bool:
+    """Integral or Real, from low to high; NaN and booleans are not."""
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """generate's arguments of these names, and the command's options. Raises ValueError."""
+    """generate's arguments of these names. Raises ValueError."""
 
-    max_new_tokens: int = option(128, lambda x: x >= 0,
-        "an integer >= 0", "N", "how many at the most (default: 128)")  # fmt: skip
-    temperature: float = option(0.0, lambda x: x == 0 or 1e-4 <= x <= 1e4,
-        "0 (greedy) or 1e-4 to 1e4", "T", "0 (default): the likeliest; else sampled")  # fmt: skip
-    top_k: int = option(0, lambda x: x >= 0,
-        "an integer >= 0 (0 is off)", "K", "keep the K likeliest; 0 keeps all")  # fmt: skip
-    top_p: float = option(1.0, lambda x: 0 < x <= 1,
-        "over 0 and at most 1 (1 is off)", "P", "keep the likeliest that hold P of it")  # fmt: skip
-    min_p: float = option(0.0, lambda x: 0 <= x <= 1,
-        "from 0 (off) to 1", "P", "drop what is below P times the likeliest")  # fmt: skip
-    repetition_penalty: float = option(1.0, lambda x: 0.01 <= x <= 100,
-        "from 0.01 to 100 (1 is off)", "X", "over 1: repeat less")  # fmt: skip
-    seed: int | None = option(None, lambda x: 0 <= x < 2**63,
-        "an integer from 0 to 2^63 - 1", "S", "the same seed, the same samples")  # fmt: skip
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            value, kinds = getattr(self, each.name), (int, float) if each.type is float else (int,)
-            good = type(value) in kinds and each.metadata["test"](value)
-            if not good and (value is not None or each.default is not None):
-                allowed = each.metadata["allowed"]
-                raise ValueError(f"{each.name}: must be {allowed}, got {value!a:.60}")
+        if not is_number(self.max_new_tokens, Integral, 0):
+            self.refuse("max_new_tokens", "an integer >= 0")
+        if not is_number(self.temperature, Real, 0, 1e4) or 0 < self.temperature < 1e-4:
+            self.refuse("temperature", "0 (greedy) or 1e-4 to 1e4")
+        if not is_number(self.top_k, Integral, 0):
+            self.refuse("top_k", "an integer >= 0 (0 is off)")
+        if not is_number(self.top_p, Real, 0, 1) or self.top_p == 0:
+            self.refuse("top_p", "over 0 and at most 1 (1 is off)")
+        if not is_number(self.min_p, Real, 0, 1):
+            self.refuse("min_p", "from 0 (off) to 1")
+        if not is_number(self.repetition_penalty, Real, 0.01, 100):
+            self.refuse("repetition_penalty", "from 0.01 to 100 (1 is off)")
+        if self.seed is not None and not is_number(self.seed, Integral, 0, 2**63 - 1):
+            self.refuse("seed", "an integer from 0 to 2^63 - 1")
+
+    def refuse(self, name: str, allowed: str) -> None:
+        raise ValueError(f"{name}: must be {allowed}, got {getattr(self, name)!a:.60}")
 
 
-def sampling_probs(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Tensor:  # fmt: skip
+def sampling_probs(logits: Tensor, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Tensor:
     """Next-token probabilities (B, V), float32, from logits (B, V). Raises ValueError.
 
     In order: divide by the temperature (0 puts all on the most likely id, the lowest of several),
@@ -245,118 +246,120 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
-    likely, V = None, logits.shape[-1]
-    if 0 < sampling.top_k < V:
-        top = logits.topk(min(sampling.top_k + 64, V), dim=-1)  # room for ties with the K-th
-        likely = top.indices.sort(dim=-1).values
-        logits = logits.masked_fill(logits < top.values[..., sampling.top_k - 1, None], -torch.inf)
-    if sampling.top_p < 1:  # of the whole vocabulary, sorting would take longer than the model
-        kept = logits if likely is None else logits.gather(-1, likely)
-        ascending, order = kept.sort(dim=-1, stable=True)
-        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
-        tail[..., -1] = False  # the largest always stays
-        kept = kept.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
-        logits = kept if likely is None else logits.scatter(-1, likely, kept)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ascending, order = logits.sort(dim=-1, stable=True)
+        mass_up_to = ascending.softmax(dim=-1).cumsum(dim=-1)
+        dropped = mass_up_to <= 1 - sampling.top_p
+        dropped[..., -1] = False  # the largest always stays
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
     if sampling.min_p > 0:
         probs = logits.softmax(dim=-1)
-        low = probs < sampling.min_p * probs.amax(dim=-1, keepdim=True)
-        logits = logits.masked_fill(low, -torch.inf)
+        least = sampling.min_p * probs.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probs < least, -torch.inf)
     return logits.softmax(dim=-1)
 
 
-def next_ids(logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling) -> Tensor:
-    """The next id of each row (B,), -1 where its logits (B, V) are not finite.
-
-    uniform (B, 1): a number from 0 to 1 a row, which picks the id by the cumulative probabilities.
-    seen (B, V): True for ids that the penalty is for (arXiv 1909.05858). Does not synchronise."""
+def sample(
+    logits: Tensor, seen: Tensor, sampling: Sampling, generators: list[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """The next id of each row (B,), and whether its logits (B, V) were finite (B,). Does not
+    synchronise. seen (B, V): True for ids that the penalty is for (arXiv 1909.05858)."""
     finite = torch.isfinite(logits).all(dim=-1)
-    if (penalty := sampling.repetition_penalty) != 1:
+    penalty = sampling.repetition_penalty
+    if penalty != 1:
         punished = torch.where(logits < 0, logits * penalty, logits / penalty)
         logits = torch.where(seen, punished, logits)
     if sampling.temperature == 0:
-        new = logits.argmax(dim=-1)
-    else:
-        cumulative = filtered_probs(logits, sampling).to(uniform.dtype).cumsum(dim=-1)
-        new = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-        new = new.clamp(max=logits.shape[-1] - 1)  # rounding may reach the sum
-    return torch.where(finite, new, -1)
+        return logits.argmax(dim=-1), finite
+    uniform = uniform_rows(generators, logits.device)
+    cumulative = filtered_probs(logits, sampling).to(uniform.dtype).cumsum(dim=-1)
+    drawn = uniform * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+    return ids.clamp(max=logits.shape[-1] - 1), finite  # rounding may reach the sum
 
 
-def uniform_rows(seed: int | None, rows: int, device: torch.device) -> Callable[[], Tensor]:
-    """A function that draws a number from 0 to 1 for each row (B, 1), from generators of their own:
-    so a row does not depend on its neighbours, nor the caller's random state on us."""
+def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
+    """One a row: a row does not depend on its neighbours, nor the caller's random state on us."""
     generators = [torch.Generator() for _ in range(rows)]
     for row, generator in enumerate(generators):
-        generator.seed() if seed is None else generator.manual_seed(seed + row)
+        generator.seed() if seed is None else generator.manual_seed(int(seed) + row)
+    return generators
 
-    def draw() -> Tensor:
-        numbers = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
-        wide = torch.float32 if device.type == "mps" else torch.float64  # which MPS lacks
-        return torch.stack(numbers).to(device, wide)
 
-    return draw
+def uniform_rows(generators: list[torch.Generator], device: torch.device) -> Tensor:
+    """A number from 0 to 1 for each row (B, 1), in float64 where the device has it."""
+    numbers = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack(numbers).to(device, dtype)
 
 
 # ----------------------------------------------------------------------------- text as it is made
-Decode = Callable[[list[int]], str]
-
-
 class TextStream:
     """A row's ids in, its text out as soon as it is certain: decode(prompt + new) from the prompt's
     end on, in whole characters, without a stop text and what comes after an end."""
 
-    def __init__(
-        self, decode: Decode, stops: list[str], ends: Collection[int], prompt: list[int]
-    ) -> None:
+    def __init__(self, decode, stops, ends, prompt) -> None:
         self.decode, self.stops, self.ends = decode, stops, ends
-        self.made: list[int] = []
-        self.ids, self.begin, self.read = [*prompt], 0, len(prompt)  # read: those with a known text
-        self.held, self.text, self.ended = "", "", False  # held: may become a stop; text: given out
+        self.made = 0  # how many new ids, an end included
+        self.known = prompt  # the last ids with a known text
+        self.unread = []  # the ids after them
+        self.held = ""  # a known text that may become a stop
+        self.text = ""  # what was given out
+        self.ended = False
 
     def push(self, token_id: int | None) -> str:
         """The row's next id, or None after its last; returns what can be shown now."""
-        self.made += [] if self.ended or token_id is None else [token_id]
-        self.ended = self.ended or token_id is None or token_id in self.ends
+        self.ended = self.ended or token_id is None
         if self.ended:
             return ""
-        self.ids.append(token_id)
-        text = self.unread()
+        self.made += 1
+        self.ended = token_id in self.ends
+        if self.ended:
+            return ""
+        self.unread.append(token_id)
+        text = self.unread_text()
         if not text or text.endswith("\ufffd"):  # a character whose other bytes may still come
             return ""
-        self.begin, self.read, self.held = self.read, len(self.ids), self.held + text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        self.known, self.unread = self.unread, []
+        self.held += text
+        found = [self.held.find(stop) for stop in self.stops if stop in self.held]
         if found:
-            self.held, self.ended = self.held[: min(found)], True
-            return self.give(0)
-        starts = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
-        return self.give(max((len(x) for x in starts if self.held.endswith(x)), default=0))
+            self.held = self.held[: min(found)]
+            self.ended = True
+            return self.give(len(self.held))
+        starts = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
+        begun = [len(start) for start in starts if self.held.endswith(start)]
+        return self.give(len(self.held) - max(begun, default=0))
 
-    def unread(self) -> str:
-        """The text of the last ids, decoded after those before them, on which it can depend."""
-        before = self.decode(self.ids[self.begin : self.read])
-        return self.decode(self.ids[self.begin :])[len(before) :]
+    def unread_text(self) -> str:
+        """Decoded after the ids before them, on which it can depend."""
+        before = self.decode(self.known)
+        return self.decode(self.known + self.unread)[len(before) :]
 
-    def give(self, keep: int) -> str:
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        self.text += text
-        return text
+    def give(self, count: int) -> str:
+        given, self.held = self.held[:count], self.held[count:]
+        self.text += given
+        return given
 
     def finish(self) -> str:
         """What was held back, now that nothing more comes."""
-        self.held, self.read = self.held + self.unread(), len(self.ids)
-        return self.give(0)
+        self.held += self.unread_text()
+        self.known, self.unread = self.unread, []
+        return self.give(len(self.held))
 
 
-def stream(
-    model: GraniteMoeForCausalLM, prompts: list[list[int]], heads: list[str],
-    decode: Decode, args: argparse.Namespace, cache: KVCache | None = None,
-) -> list[TextStream]:  # fmt: skip
+def stream(model, prompts, heads, decode, args, cache=None) -> list[TextStream]:
     """Generate and print, after heads: the first row as it is made, the others in turn."""
-    eos = ids if isinstance(ids := model.config.eos_token_id, list) else [ids]
-    rows = [TextStream(decode, args.stop, eos, ids) for ids in prompts]
-    texts, first, times = list(heads), 0, [time.perf_counter()]  # texts: not shown yet
-    how = {**asdict(args.sampling), "eos_token_ids": eos, "cache": cache, "compiled": args.compile}
-    for ids in generate(model, prompts, **how):
+    ends = end_tokens(model, None)
+    rows = [TextStream(decode, args.stop, ends, ids) for ids in prompts]
+    texts = list(heads)  # not shown yet
+    first = 0  # the row that is shown as it is made
+    times = [time.perf_counter()]
+    options = asdict(args.sampling)
+    for ids in generate(model, prompts, **options, cache=cache, compiled=args.compile):
         times.append(time.perf_counter())
         for row, token_id in enumerate(ids):
             texts[row] += rows[row].push(token_id)
@@ -367,134 +370,92 @@ def stream(
         texts[first] = ""
         if all(row.ended for row in rows):
             break
-    rest = zip(texts[first:], rows[first:], strict=True)
-    terminal.write("\n\n".join(text + row.finish() for text, row in rest) + "\n")
-    terminal.report(model, prompts, [row.made for row in rows], times)
+    rest = [text + row.finish() for text, row in zip(texts[first:], rows[first:], strict=True)]
+    terminal.write("\n\n".join(rest) + "\n")
+    terminal.report(model, prompts, rows, times)
     return rows
 
 
 # --------------------------------------------------------------------------------- a conversation
-def converse(
-    model: GraniteMoeForCausalLM, chat: Callable, messages: list[tuple[str, str]], decode: Decode,
-    args: argparse.Namespace,
-) -> None:  # fmt: skip
+def converse(model, chat, messages, decode, args) -> None:
     """One message a line from standard input; tokens that the cache holds are not read again."""
     weight, room = model.model.norm.weight, min(model.config.max_position_embeddings, CHAT_TOKENS)
     cache = KVCache(model.config, 1, room, device=weight.device, dtype=weight.dtype)
-    while line := terminal.read_line():
-        try:
-            messages.append(("user", terminal.decode_prompt(line.rstrip(b"\r\n"))))
-        except ValueError as error:
-            terminal.note(f"[{error}]")
-            continue
-        if len(ids := chat(messages)) >= room:
+    for text in terminal.typed_messages():
+        messages.append(("user", text))
+        ids = chat(messages)
+        if len(ids) >= room:
             return terminal.note(f"[the conversation's {room} tokens are full: start a new one]")
         held = cache.ids[0, : cache.length].tolist()
         cache.length = len(os.path.commonprefix([held, ids[:-1]]))  # a template may rewrite turns
         (reply,) = stream(model, [ids[cache.length :]], [""], decode, args, cache)
         messages.append(("assistant", reply.text))
-        if (seed := args.sampling.seed) is not None:  # or each turn would draw the same numbers
+        seed = args.sampling.seed
+        if seed is not None:  # or each turn would draw the same numbers
             args.sampling = replace(args.sampling, seed=(seed + 1) % 2**63)
 
 
 # ------------------------------------------------------------------------------------ the command
-PROMPT = "class Stack:"  # without a prompt; without any argument, DEMO
-DEMO = f'"{PROMPT}" --temperature 0.8 --top-p 0.9 --seed 40 --max-new-tokens 92 --dtype float32'
-
-
-def parse_args(given: list[str]) -> argparse.Namespace:
-    """The command's arguments, all of them checked; `sampling`: those that generate takes."""
-    parser = terminal.Parser(description="Continue text with a GraniteMoe model.")
-    add_options(parser)
-    args = parser.parse_args(given)
-    try:
-        names = [each.name for each in fields(Sampling)]
-        args.sampling = Sampling(**{name: getattr(args, name) for name in names})
-        args.device = pick_device(args.device)
-        for bad, message in (
-            (args.system is not None and not args.chat, "--system: needs --chat"),
-            (any("\ud800" <= c <= "\udfff" for c in args.system or ""), "--system: is not UTF-8"),
-            (args.chat and (args.raw_ids or len(args.prompts) > 1),
-             "--chat: takes one PROMPT or none, and no --raw-ids"),
-            ("" in args.stop or (args.stop and args.raw_ids),
-             "--stop: must be a text that is not empty, and not with --raw-ids"),
-            (args.compile and args.experts not in ("auto", "batched"),
-             "--compile: needs --experts auto or batched"),
-        ):  # fmt: skip
-            if bad:
-                raise ValueError(message)
-        args.prompts = terminal.read_prompts(args.prompts, piped=not args.chat)
-        if not args.prompts and not given:
-            terminal.note(f"[python generate.py {DEMO}]")
-            return parse_args(shlex.split(DEMO))
-        if args.raw_ids:
-            args.ids = [terminal.parse_ids(prompt) for prompt in args.prompts or ["0"]]
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="texts to continue, as one batch; - is stdin")
-    add("--model", default=TINY, help="folder or hub id (default: tiny/)")
-    for each in fields(Sampling):
-        how = {"type": float if each.type is float else int, "default": each.default}
-        letter, help = each.metadata["help"]
-        add("--" + each.name.replace("_", "-"), metavar=letter, help=help, **how)
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    add("--chat", action="store_true", help="the model's chat format; no PROMPT: a conversation")
-    add("--system", metavar="TEXT", help="the system message of --chat")
-    add("--raw-ids", action="store_true", help="prompts and output are token ids")
-    add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:N")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's")
-    forms = "same numbers, another speed (default: auto)"
-    add("--attention", choices=("auto", *ATTENTION), default="auto", help=forms)
-    add("--experts", choices=("auto", "batched", "loop", "runs"), default="auto", help=forms)
-    add("--compile", action="store_true", help="compile first, then run faster")
+def complete(args: argparse.Namespace) -> None:
+    """Check those of the command's arguments that are generate's and load_model's."""
+    names = Sampling.__dataclass_fields__
+    args.sampling = Sampling(**{name: getattr(args, name) for name in names})
+    args.device = checkpoint.pick_device(args.device)
 
 
 def open_model(args: argparse.Namespace, folder: Path) -> GraniteMoeForCausalLM:
     """Load what the command asks for, and say what it is and how it runs."""
     began = time.perf_counter()
-    how = {"attention_backend": args.attention, "experts_backend": args.experts}
-    how |= {"device": args.device, "dtype": args.dtype, "progress": terminal.progress()}
-    model = load_model(folder, **how)
+    forms = {"attention_backend": args.attention, "experts_backend": args.experts}
+    how = {"device": args.device, "dtype": args.dtype, "progress": terminal.progress()}
+    model = load_model(folder, **how, **forms)
     loaded = time.perf_counter() - began
-    if args.compile:  # several prompts are seldom of one length: compiled as rows with padding
-        list(generate(model, [[0, 0], *[[0]] * (len(args.prompts) - 1)], 2, compiled=True))
+    if args.compile:
+        others = [[0]] * (len(args.prompts) - 1)  # several are seldom of one length
+        list(generate(model, [[0, 0], *others], 2, eos_token_ids=(), compiled=True))
         terminal.note(f"[compiled in {time.perf_counter() - began - loaded:.1f} s]")
-    c, dtype = model.config, str(model.model.norm.weight.dtype).removeprefix("torch.")
-    total, active = (model.num_parameters(active=a) / 1e6 for a in (False, True))
-    E, engine = c.num_local_experts, cuda if args.device.type == "cuda" else cpu
-    forms = [choose_experts(c.experts_backend, args.device, M, E) for M in (1, E + 1)]
-    names = f"attention: {c.attention_backend}, experts: {'/'.join(dict.fromkeys(forms))}"
-    names += engine.remark(model, max(1, len(args.prompts)) if args.compile else 0)
-    size = f"{total:.1f} M parameters, {active:.1f} M active"
-    terminal.note(f"[{size}; {args.device}, {dtype}, {names}; loaded in {loaded:.2f} s]")
+        runs = f"compiled: {fast.description(model)}"
+    else:
+        runs = f"attention: {model.config.attention_backend}"
+        runs += f", experts: {model.config.experts_backend}"
+        if fast.pays(model):
+            runs += "; --compile decodes 3 x as fast"  # bench/RESULTS.md
+    terminal.introduce(model, runs, loaded)
     return model
 
 
-def run(args: argparse.Namespace) -> None:
+def run() -> None:
+    """The command: text to ids, ids to text."""
+    tables = {"dtypes": DTYPES, "attention": ATTENTION, "experts": EXPERTS}
+    args = terminal.parse_args(sys.argv[1:], complete, **tables)
     folder = checkpoint.find_folder(args.model)
-    tokenizer = None if args.raw_ids else load_tokenizer(folder)
-    decode, chat = decoder(tokenizer), args.chat and load_chat_template(folder, tokenizer)
-    messages = [("system", args.system)] if args.system is not None else []
+    tokenizer = None
+    if not args.raw_ids:
+        tokenizer = load_tokenizer(folder)
+    if args.chat:
+        chat = load_chat_template(folder, tokenizer)
+    decode = decoder(tokenizer)
     model = open_model(args, folder)
     if args.raw_ids:
-        stream(model, args.ids, [" ".join(map(str, ids)) for ids in args.ids], decode, args)
-    elif not args.chat:
-        texts, size = args.prompts or [PROMPT], model.config.vocab_size
-        stream(model, [encode(tokenizer, text, size) for text in texts], texts, decode, args)
-    elif args.prompts:
-        stream(model, [chat([*messages, ("user", args.prompts[0])])], [""], decode, args)
-    else:
+        stream(model, args.ids, [decode(ids).strip() for ids in args.ids], decode, args)
+        return
+    if not args.chat:
+        texts, V = args.prompts or [terminal.PROMPT], model.config.vocab_size
+        stream(model, [encode(tokenizer, text, V) for text in texts], texts, decode, args)
+        return
+    messages = []
+    if args.system is not None:
+        messages.append(("system", args.system))
+    if not args.prompts:
         converse(model, chat, messages, decode, args)
+        return
+    messages.append(("user", args.prompts[0]))
+    stream(model, [chat(messages)], [""], decode, args)
 
 
 def main() -> int:
     """Run the command; returns its exit status, after at most one line of error."""
-    return terminal.run(lambda: run(parse_args(sys.argv[1:])))
+    return terminal.run(run)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def visible(slots: Tensor, attention_mask: Tensor) -> Tensor:
     """(B, 1, T, S), True where the query in each of T slots may look: not ahead, not at padding.
     A query before its row's first token sees all: a softmax over nothing would be NaN."""
     causal = torch.arange(attention_mask.shape[1], device=slots.device) <= slots[:, None]
-    mask = causal & attention_mask[:, None, None, :].bool()  # (B, 1, T, S)
+    mask = causal & attention_mask[:, None, None].bool()  # (B, 1, T, S)
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
@@ -204,7 +204,7 @@ def documents(position_ids: Tensor) -> Tensor:
     begins where positions do not go on by one, as in transformers."""
     begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
     number = begins.cumsum(dim=1)  # (B, T)
-    return (number[:, :, None] == number[:, None, :]).tril()[:, None]
+    return (number[:, None] == number[..., None]).tril()[:, None]
 
 
 # -------------------------------------------------------------------------------------- attention
@@ -229,10 +229,10 @@ def attend_eager(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
     """PyTorch's scaled_dot_product_attention, called so that it picks a memory-efficient kernel."""
     T, S = q.shape[2], k.shape[2]
-    if T == 1 and q.device.type == "cuda":
-        return attend_one(q, k, v, mask, scale, drop)
     if T == 1:  # the H / G query heads of a key head become rows: each key is read only once
-        rows = q.view(len(q), k.shape[1], -1, q.shape[3])
+        rows = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, G, H // G, C)
+        if q.device.type == "cuda":
+            return attend_one(rows, k, v, mask, scale, drop).view_as(q)
         return F.scaled_dot_product_attention(rows, k, v, mask, drop, scale=scale).reshape(q.shape)
     if mask is None and T < S:  # is_causal would align the triangle with the first key
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -244,15 +244,14 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop:
     return F.scaled_dot_product_attention(q, k, v, mask, drop, causal, scale=scale, enable_gqa=gqa)
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """For one query (T = 1) on CUDA, where cuDNN's kernel makes a plan for each new length, some
-    60 ms: two plain products, in which the H / G query heads of a key head are rows."""
-    rows = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, G, H / G, C)
-    scores = rows @ k.transpose(-1, -2) * scale  # (B, G, H / G, S)
+def attend_one(rows: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
+    """Two plain products for one query, whose heads are rows (B, G, H / G, C). For CUDA, where
+    cuDNN's kernel makes a plan for each new length, some 60 ms."""
+    scores = rows @ k.transpose(-1, -2) * scale  # (B, G, H // G, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    probs = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return (F.dropout(probs, drop) @ v).view_as(q)
+    probs = scores.softmax(dim=-1, dtype=torch.float32).to(rows.dtype)
+    return F.dropout(probs, drop) @ v
 
 
 def attend_flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
@@ -304,8 +303,8 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # (B, G, S, C)
         drop = config.attention_dropout if self.training else 0.0
         attend = ATTENTION[config.attention_backend]
-        y = attend(q, k, v, mask, config.attention_multiplier, drop)  # (B, H, T, C)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = attend(q, k, v, mask, config.attention_multiplier, drop).transpose(1, 2).flatten(2)
+        return self.o_proj(y)
 
 
 # ----------------------------------------------------------------------------- mixture of experts
@@ -385,7 +384,8 @@ def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
     returns (M, outputs)."""
     if takes_grouped_mm(rows, weights):
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)
-    runs = rows.tensor_split(ends_E[:-1].tolist())
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    runs = rows.split(counts_E.tolist())
     return torch.cat([F.linear(run, matrix) for run, matrix in zip(runs, weights, strict=True)])
 
 
@@ -494,7 +494,7 @@ class DecoderLayer(nn.Module):
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
     """Raises ValueError for shapes that would broadcast or write where they should not."""
     shape = tuple(input_ids.shape)
-    if len(shape) != 2 or shape[1] == 0 or input_ids.is_floating_point():
+    if len(shape) != 2 or input_ids.is_floating_point():
         raise ValueError(f"input_ids: must be integers (B, T), got {input_ids.dtype} {shape}")
     B, S = shape
     if cache is not None:
@@ -630,8 +630,7 @@ class GraniteMoeForCausalLM(nn.Module):
 
     def num_parameters(self, active: bool = False) -> int:
         """How many numbers the model holds or, active, how many of them one token uses."""
-        c = self.config
-        total = sum(parameter.numel() for parameter in self.parameters())
+        c, total = self.config, sum(parameter.numel() for parameter in self.parameters())
         idle = c.num_hidden_layers * (c.num_local_experts - c.num_experts_per_tok)
         expert = 3 * c.intermediate_size * c.hidden_size  # gate, up and down
         return total - idle * expert if active else total

@@ -1,6 +1,7 @@
-"""The same numbers sooner on a CPU: forms for granitemoe.py's open tables, and what is in C.
+"""The model in C, on a CPU: how the C texts are built, and what is filled in for them.
 
-Reasons with a figure are of two cores of an AMD EPYC with AVX-512 (bench/RESULTS.md).
+cpu.c computes a step of one token a row, prompt.c attention and experts of a prompt. Reasons with a
+figure are of two cores of an AMD EPYC with AVX-512 (bench/RESULTS.md).
 """
 
 import contextlib
@@ -8,112 +9,43 @@ import ctypes
 import functools
 import hashlib
 import itertools
-import math
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast.cuda import Step
 from granitemoe import (
-    ATTENTION,
-    EXPERTS,
+    Attention,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     KVCache,
-    Mask,
+    MoE,
     attend_sdpa,
     rope_tables,
+    rotate,
     sort_by_expert,
-    swiglu,
+    visible,
 )
 
-BLOCK = 128  # queries
-
-
-def attend_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, drop: float) -> Tensor:
-    """attend_eager for 128 queries at a time, whose scores stay in the processor's cache.
-
-    In bfloat16, a prompt takes 3/4 of PyTorch's kernel's time. One query is left to attend_sdpa.
-    A mask, where there is one, must be causal too, as the model's is.
-    """
-    T, G, S = q.shape[2], k.shape[1], k.shape[2]
-    if T == 1:
-        return attend_sdpa(q, k, v, mask, scale, drop)
-    grouped = q.unflatten(1, (G, -1)).flatten(0, 1)  # the query heads of one key head in a row
-    k, v = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
-    blocks = []
-    for start in range(0, T, BLOCK):
-        queries = grouped[:, :, start : start + BLOCK]
-        heads, t = queries.shape[1:3]
-        end, rows = S - T + start + t, queries.flatten(1, 2)  # the last query sees `end` keys
-        scores = torch.baddbmm(q.new_zeros(1), rows, k[:, :, :end], beta=0, alpha=scale)
-        by_head = scores.view(-1, G, heads, t, end)
-        if mask is None:  # only these queries' own keys are hidden from some of them
-            by_head[..., end - t :] += q.new_full((t, t), -math.inf).triu(1)
-        else:
-            by_head.masked_fill_(~mask[:, :, None, start : start + t, :end], -math.inf)
-        probs = F.dropout(scores.softmax(dim=-1), drop)
-        blocks.append((probs @ v[:, :end]).view_as(queries))
-    return torch.cat(blocks, dim=2).view_as(q)
-
-
-def experts_runs(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """experts_loop with the assignments sorted once: each expert's are one run. Returns y_ND.
-
-    Many rows in 16 bits are filled up to a multiple of 16, since oneDNN compiles a kernel for each
-    number of rows, half a millisecond each: it would double the time of a process's first prompt.
-    """
-    if len(x_ND) == 1:
-        return experts_one_token(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
-    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
-    weights_M = weights_NK.flatten()[order_M]
-    y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
-    start = 0
-    for e, end in enumerate(ends_E.tolist()):
-        if start < end:
-            tokens, count = tokens_M[start:end], end - start
-            rows = x_ND[tokens]
-            if count > 64 and count % 16 and rows.element_size() == 2:
-                rows = F.pad(rows, (0, 0, 0, -count % 16))
-            rows = F.linear(swiglu(F.linear(rows, gate_up_EPD[e])), down_EDF[e])[:count]
-            y_ND.index_add_(0, tokens, rows.to(y_ND.dtype) * weights_M[start:end, None])
-        start = end
-    return y_ND.to(x_ND.dtype)
-
-
-def experts_one_token(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """For N = 1 there is nothing to sort, and one swiglu serves all K experts. Returns y_ND."""
-    experts = expert_ids_NK[0].tolist()
-    rows_KP = torch.cat([F.linear(x_ND, gate_up_EPD[e]) for e in experts])
-    hidden_KF = swiglu(rows_KP)
-    rows_KD = torch.cat(
-        [F.linear(h, down_EDF[e]) for e, h in zip(experts, hidden_KF.split(1), strict=True)]
-    )
-    return weights_NK @ rows_KD
-
-
-ATTENTION["blocks"] = attend_blocks
-EXPERTS["runs"] = experts_runs
-
-
-# --------------------------------------------------------------------------------------------- in C
-
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.c", "prompt.c", "numbers.h")]
-FLAGS = ["-std=gnu11", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
-         "-fno-signed-zeros", "-fassociative-math"]  # fmt: skip
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+]
 NATIVE = (["-march=native"], ["-mcpu=native"])  # the second where the first is not known
 FLOAT = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are: C relies on it
 WHOLE = {"dtype": torch.int64, "device": "cpu"}
@@ -123,6 +55,10 @@ DTYPES = {torch.bfloat16: [], torch.float32: ["-DWEIGHT=float"]}
 def compiler() -> list[str]:
     """The command that compiles C: $CC, else cc."""
     return shlex.split(os.environ.get("CC", "")) or ["cc"]
+
+
+def has_compiler() -> bool:
+    return shutil.which(compiler()[0]) is not None
 
 
 def compile_step(dtype: torch.dtype, file: Path) -> None:
@@ -175,17 +111,55 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
 
 SIZES = ("V", "D", "F", "L", "H", "G", "C", "E", "K", "B", "S", "at", "threads")
 SCALARS = {  # by their names in C and in the config
-    "eps": "rms_norm_eps", "embedding_multiplier": "embedding_multiplier",
-    "attention_multiplier": "attention_multiplier", "residual_multiplier": "residual_multiplier",
+    "eps": "rms_norm_eps",
+    "embedding_multiplier": "embedding_multiplier",
+    "attention_multiplier": "attention_multiplier",
+    "residual_multiplier": "residual_multiplier",
     "logits_scaling": "logits_scaling",
-}  # fmt: skip
-TENSORS = ("layers", "embed_tokens", "norm", "head", "cos", "sin", "keys", "values", "ids", "pads",
-           "every", "x", "q", "k", "v", "scores", "y", "logits_NE", "weights_NK", "rows_MP",
-           "rows_MD", "logits", "normed", "mixed", "hidden_MF", "expert_ids_NK", "order_M",
-           "tokens_M", "ends_E", "tied")  # fmt: skip
-LAYER = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-         "self_attn.o_proj", "post_attention_layernorm", "block_sparse_moe.input_linear",
-         "block_sparse_moe.output_linear", "block_sparse_moe.router.layer")  # fmt: skip
+}
+TENSORS = (
+    "layers",
+    "embed_tokens",
+    "norm",
+    "head",
+    "cos",
+    "sin",
+    "keys",
+    "values",
+    "ids",
+    "pads",
+    "every",
+    "x",
+    "q",
+    "k",
+    "v",
+    "scores",
+    "y",
+    "logits_NE",
+    "weights_NK",
+    "rows_MP",
+    "rows_MD",
+    "logits",
+    "normed",
+    "mixed",
+    "hidden_MF",
+    "expert_ids_NK",
+    "order_M",
+    "tokens_M",
+    "ends_E",
+    "tied",
+)
+LAYER = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "block_sparse_moe.input_linear",
+    "block_sparse_moe.output_linear",
+    "block_sparse_moe.router.layer",
+)
 
 
 def struct(sizes: Sequence[str], scalars: Iterable[str], tensors: Sequence[str]) -> type:
@@ -223,9 +197,21 @@ def buffers(B: int, S: int, c: GraniteMoeConfig) -> dict[str, Tensor]:
     """What a step computes, by its names in C; an Act there has 4 bytes or fewer."""
     D, E, K, F = c.hidden_size, c.num_local_experts, c.num_experts_per_tok, c.intermediate_size
     H, kv, M = c.num_attention_heads, c.num_key_value_heads * c.head_dim, B * K
-    floats = {"x": B * D, "q": B * D, "k": B * kv, "v": B * kv, "scores": B * H * (S + 3),
-              "y": B * D, "logits_NE": (B, E), "weights_NK": (B, K), "rows_MP": M * 2 * F,
-              "rows_MD": M * D, "normed": B * D, "mixed": B * D, "hidden_MF": M * F}  # fmt: skip
+    floats = {
+        "x": B * D,
+        "q": B * D,
+        "k": B * kv,
+        "v": B * kv,
+        "scores": B * H * (S + 3),
+        "y": B * D,
+        "logits_NE": (B, E),
+        "weights_NK": (B, K),
+        "rows_MP": M * 2 * F,
+        "rows_MD": M * D,
+        "normed": B * D,
+        "mixed": B * D,
+        "hidden_MF": M * F,
+    }
     whole = {"expert_ids_NK": (B, K), "order_M": M, "tokens_M": M, "ends_E": E, "tied": 1}
     made = {name: torch.empty(size, **FLOAT) for name, size in floats.items()}
     made |= {name: torch.empty(size, **WHOLE) for name, size in whole.items()}
@@ -251,26 +237,13 @@ def model_in_c(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Mo
     return m
 
 
-def check(x: Tensor) -> None:
-    """Raises ValueError unless there is C for x's device and dtype."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES:
-        what = f"{x.device}, {str(x.dtype).removeprefix('torch.')}"
-        raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
-
-
-def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choose: Step) -> Step:
-    """The step of one token a row in C; see generate.plain_step for the arguments.
-
-    Raises ValueError where it cannot be built, or not for this model.
-    """
-    check(cache.keys)
+def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
+    """The step of one token a row in C: from ids (B, 1) to logits (B, V)."""
     run, m = library(cache.keys.dtype).step, model_in_c(model, cache, pads)
     names = ("logits_NE", "expert_ids_NK", "weights_NK", "tied")
     logits_NE, expert_ids_NK, weights_NK, tied = (m.held[name] for name in names)
 
-    def step(ids: Tensor, uniform: Tensor) -> Tensor:
-        if cache.length >= cache.max_length:
-            raise ValueError(f"cache: {cache.length + 1} tokens do not fit in {cache.max_length}")
+    def step(ids: Tensor) -> Tensor:
         ids, logits = ids[:, 0].contiguous(), torch.empty(m.B, m.V, **FLOAT)
         m.ids, m.logits = ids.data_ptr(), logits.data_ptr()
         m.at, m.threads = cache.length, torch.get_num_threads()
@@ -282,18 +255,134 @@ def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, choos
             run(ctypes.byref(m))
         cache.ids[:, cache.length] = ids
         cache.length += 1
-        return choose(logits, uniform)
+        return logits
 
     return step
 
 
-def remark(model: GraniteMoeForCausalLM, rows: int) -> str:
-    """For the command: what the compiled steps of so many rows are or, of none, what they would
-    bring (measured: bench/RESULTS.md). To build them pays where there are many parameters."""
-    weight = model.model.norm.weight
-    if rows:
-        built = library(weight.dtype)
-        parallel = any(hasattr(built, name) for name in ("GOMP_parallel", "__kmpc_fork_call"))
-        return ", compiled prompts and steps: C" + ", in one thread (no OpenMP)" * (not parallel)
-    large = model.num_parameters() > 1e8 and weight.device.type == "cpu" and weight.dtype in DTYPES
-    return "; --compile decodes 3 x as fast" if large and shutil.which(compiler()[0]) else ""
+# ---------------------------------------------------------------------------------------- prompts
+RUN, KEYS = 256, 96  # as in prompt.c
+AttentionInC = struct(
+    ("B", "H", "G", "T", "S", "C", "threads"), ("scale",), ("q", "k", "values", "y", "pads")
+)
+ExpertsInC = struct(
+    ("E", "D", "F", "Y", "threads"),
+    (),
+    ("gate_up_EPD", "down_EDF", "x_ND", "tokens_M", "ends_E", "weights_M", "y_ND", "x", "hidden"),
+)
+
+
+def attend_in_c(q: Tensor, k: Tensor, v: Tensor, pads: Tensor, scale: float) -> Tensor:
+    """Causal attention of q (B, H, T, C) on k, v (B, G, S, C) from each row's first slot on, pads
+    (B, 1). Returns (B, H, T, C)."""
+    (B, H, T, C), (_, G, S, _) = q.shape, k.shape
+    if C > 512:  # too large for a thread's stack
+        slots = torch.arange(S, **WHOLE)
+        return attend_sdpa(q, k, v, visible(slots[S - T :], slots >= pads), scale, 0.0)
+    values = F.pad(v, (0, 0, 0, -S % KEYS)).unflatten(2, (-1, KEYS)).transpose(-1, -2)
+    y = q.new_empty(B, T, H, C)
+    held = [q.contiguous(), k.contiguous(), values.contiguous(), y, pads.contiguous()]
+    addresses = [x.data_ptr() for x in held]
+    a = AttentionInC(B, H, G, T, S, C, torch.get_num_threads(), scale, *addresses)
+    library(q.dtype).attention(ctypes.byref(a))
+    return y.transpose(1, 2)
+
+
+def experts_in_c(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """experts_loop in C. Returns y_ND."""
+    (N, D), (E, _, F) = x_ND.shape, down_EDF.shape
+    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, E)
+    weights_M = weights_NK.flatten()[order_M].float()
+    # 16 more: whole ROWS fit, and rows 4 KB apart would meet in the cache
+    y_ND = torch.zeros(N, D + 16, **FLOAT)
+    x, hidden = torch.empty(RUN * (D + 1), **FLOAT), torch.empty(RUN * (F + 1), **FLOAT)
+    held = [gate_up_EPD, down_EDF, x_ND.contiguous(), tokens_M, ends_E.long(), weights_M, y_ND]
+    addresses = [tensor.data_ptr() for tensor in (*held, x, hidden)]
+    p = ExpertsInC(E, D, F, D + 16, torch.get_num_threads(), *addresses)
+    library(x_ND.dtype).experts(ctypes.byref(p))
+    return y_ND[:, :D].to(x_ND.dtype)
+
+
+def attention_block(
+    attention: Attention, x: Tensor, rope: list, pads: Tensor, cache: KVCache, layer: int
+) -> Tensor:
+    """Attention.forward with attend_in_c."""
+    B, T, C = x.shape[0], x.shape[1], attention.config.head_dim
+    q = attention.q_proj(x).view(B, T, -1, C).transpose(1, 2)
+    k = attention.k_proj(x).view(B, T, -1, C).transpose(1, 2)
+    v = attention.v_proj(x).view(B, T, -1, C).transpose(1, 2)
+    k, v = cache.append(layer, rotate(k, *rope), v)
+    y = attend_in_c(rotate(q, *rope), k, v, pads, attention.config.attention_multiplier)
+    return attention.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def experts_block(moe: MoE, x_BTD: Tensor) -> Tensor:
+    """MoE.forward with experts_in_c."""
+    x_ND = x_BTD.flatten(0, 1)
+    _, weights_NK, expert_ids_NK = moe.router(x_ND)
+    matrices = (moe.input_linear.weight, moe.output_linear.weight)
+    return experts_in_c(x_ND, *matrices, weights_NK, expert_ids_NK).view_as(x_BTD)
+
+
+def read_prompt(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, ids: Tensor) -> Tensor:
+    """GraniteMoeForCausalLM.forward for ids (B, T), with attention and experts in C. Returns the
+    logits (B, V) after the last of them."""
+    c, body = model.config, model.model
+    start, end = cache.length, cache.length + ids.shape[1]
+    positions = (torch.arange(start, end, **WHOLE) - pads).clamp(min=0)
+    rope = rope_tables(positions, c, cache.keys.dtype)
+    x = body.embed_tokens(ids) * c.embedding_multiplier
+    for i, layer in enumerate(body.layers):
+        y = attention_block(layer.self_attn, layer.input_layernorm(x), rope, pads, cache, i)
+        x = x + y * c.residual_multiplier
+        y = experts_block(layer.block_sparse_moe, layer.post_attention_layernorm(x))
+        x = x + y * c.residual_multiplier
+    cache.ids[:, start:end] = ids
+    cache.length = end
+    head = body.embed_tokens if c.tie_word_embeddings else model.lm_head
+    return (F.linear(body.norm(x[:, -1]), head.weight) / c.logits_scaling).float()
+
+
+# ------------------------------------------------------------------------------------------- both
+def check(model: GraniteMoeForCausalLM, cache: KVCache) -> None:
+    """Raises ValueError unless the C texts compute this model, on this cache."""
+    c, weight = model.config, model.model.norm.weight
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
+        what = f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}"
+        raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
+    if c.attention_backend != "sdpa" or c.experts_backend not in ("auto", "batched", "loop"):
+        forms = f"{c.attention_backend!a:.40} and {c.experts_backend!a:.40}"
+        raise ValueError(f"compiled steps: have forms of their own; {forms} were asked for")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"compiled steps: call no modules; {name!a:.60} has a forward hook")
+    expected = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, weight.dtype, weight.device)
+    L, _, G, _, C = cache.keys.shape
+    got = (L, G, C, cache.keys.dtype, cache.keys.device)
+    if got != expected:
+        raise ValueError(f"cache: (layers, G, C, dtype, device) must be {expected}, is {got}")
+
+
+def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
+    """See fast.step. The first step of a process builds the C texts, in a second or two."""
+    check(model, cache)
+    one_token, last_pad = token_step(model, cache, pads), int(pads.max())
+
+    @torch.no_grad()
+    def advance(ids: Tensor) -> Tensor:
+        T, room = ids.shape[1], cache.max_length
+        if cache.length + T > room:
+            raise ValueError(f"cache: {cache.length + T} tokens do not fit in {room}")
+        if T == 1 and cache.length >= last_pad:
+            return one_token(ids)
+        return read_prompt(model, cache, pads, ids)
+
+    return advance
+
+
+def parallel(dtype: torch.dtype) -> bool:
+    """Whether the library was built with OpenMP. Raises ValueError where it cannot be built."""
+    runtimes = ("GOMP_parallel", "__kmpc_fork_call")
+    return any(hasattr(library(dtype), name) for name in runtimes)

@@ -2,8 +2,8 @@
    its weights to be read, and a register holds numbers that follow each other in one row. Here
    arithmetic takes the time, and a register holds the same number of LANES tokens, or the same
    PAIR of numbers where the processor multiplies pairs, which meet one weight, or pair, copied to
-   all lanes of another. ROWS of weights by TOKENS are summed at a time, in registers. prompt.py
-   fills in an Experts or an Attention and calls the function that takes it. */
+   all lanes of another. ROWS of weights by TOKENS are summed at a time, in registers. cpu.py fills
+   in an Experts or an Attention and calls the function that takes it. */
 #include "numbers.h"
 #include <string.h>
 
@@ -62,23 +62,25 @@ static void turn(const WEIGHT *row, Int n, Act *to) {
 }
 
 /* ----------------------------------------------------------------------------------- attention */
-typedef struct { /* fast/prompt.py has the same fields in the same order */
+typedef struct { /* fast/cpu.py has the same fields in the same order */
     Int B, H, G, T, S, C, threads;
     float scale;
     const WEIGHT *q, *k, *values; /* (B, H, T, C), (B, G, S, C), (B, G, S / KEYS, C, KEYS) */
     WEIGHT *y;                    /* (B, T, H, C) */
+    const Int *pads;              /* (B), each row's first slot */
 } Attention;
 
 typedef struct { float top[TOKENS], sum[TOKENS], shrink[TOKENS]; } Softmax; /* so far */
 
 /* p (M / PAIR, TOKENS, PAIR) = e^(scores - top), where top is the highest so far. If it has grown,
-   what was summed before has to shrink. Of M keys the first query sees `seen`, the next 1 more. */
-static void softmax(float (*scores)[TOKENS], int M, int seen, float scale, Softmax *so_far,
-                    Act *p) {
+   what was summed before has to shrink. Of M keys the first query sees those from `first` to
+   `seen`, the next 1 more. */
+static void softmax(float (*scores)[TOKENS], int M, int first, int seen, float scale,
+                    Softmax *so_far, Act *p) {
     Softmax now = *so_far;
     for (int s = 0; s < M; s++)
         for (int j = 0; j < TOKENS; j++) {
-            scores[s][j] = s < seen + j ? scores[s][j] * scale : -INFINITY;
+            scores[s][j] = first <= s && s < seen + j ? scores[s][j] * scale : -INFINITY;
             now.top[j] = scores[s][j] > now.top[j] ? scores[s][j] : now.top[j];
         }
     for (int j = 0; j < TOKENS; j++)
@@ -92,12 +94,14 @@ static void softmax(float (*scores)[TOKENS], int M, int seen, float scale, Softm
     *so_far = now;
 }
 
-/* What TOKENS queries of one head see, from query t on; KEYS at a time (arXiv 2205.14135) */
+/* What TOKENS queries of one head see, from query t on; KEYS at a time (arXiv 2205.14135). Queries
+   of padding, which see nothing, get zeros. */
 static void attend(const Attention *a, Int head, Int t) {
     const Int C = a->C, T = a->T, S = a->S, few = T - t < TOKENS ? T - t : TOKENS;
     const Int key_head = head / (a->H / a->G), seen = S - T + t + 1, all = seen + few - 1;
+    const Int first = a->pads[head / a->H], begin = first / KEYS, blocks = (S + KEYS - 1) / KEYS;
     const WEIGHT *keys = a->k + key_head * S * C, *w[ROWS];
-    const WEIGHT *values = a->values + key_head * ((S + KEYS - 1) / KEYS) * C * KEYS;
+    const WEIGHT *values = a->values + (key_head * blocks + begin) * C * KEYS;
     float scores[KEYS][TOKENS], y[C + ROWS][TOKENS], part[ROWS][TOKENS];
     Act q[(C + 1) * TOKENS], p[KEYS * TOKENS];
     Softmax soft = {0};
@@ -106,13 +110,13 @@ static void attend(const Attention *a, Int head, Int t) {
         turn(a->q + (head * T + t + (j < few ? j : few - 1)) * C, C, q + j * PAIR);
         soft.top[j] = -__FLT_MAX__; /* not -inf, which a score may be */
     }
-    for (Int s = 0; s < all; s += KEYS, values += C * KEYS) {
+    for (Int s = begin * KEYS; s < all; s += KEYS, values += C * KEYS) {
         const Int M = all - s < KEYS ? (all - s + ROWS - 1) / ROWS * ROWS : KEYS;
         for (Int i = 0; i < M; i += ROWS) {
             rows_of(keys, S, C, s + i, ROWS, w);
             tile_of(w, C, ROWS * C, q, few, scores + i);
         }
-        softmax(scores, M, seen - s, a->scale, &soft, p);
+        softmax(scores, M, first - s, seen - s, a->scale, &soft, p);
         for (Int c = 0; c < C; c += ROWS) {
             rows_of(values, C, KEYS, c, ROWS, w);
             tile_of(w, M, ROWS * KEYS, p, few, part);
@@ -125,7 +129,7 @@ static void attend(const Attention *a, Int head, Int t) {
         for (int j = 0; j < TOKENS; j++) y[c][j] /= soft.sum[j];
     for (int j = 0; j < few; j++) {
         WEIGHT *to = a->y + ((head / a->H * T + t + j) * a->H + head % a->H) * C;
-        for (Int c = 0; c < C; c++) to[c] = narrow(y[c][j]);
+        for (Int c = 0; c < C; c++) to[c] = seen + j > first ? narrow(y[c][j]) : 0;
     }
 }
 

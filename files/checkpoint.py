@@ -1,4 +1,8 @@
-"""A stranger's folder: found, compared, read, owned. Every refusal of data is in this file."""
+"""A checkpoint that somebody brings: found, checked by its headers, read into memory of our own.
+
+Files are not trusted. Every refusal of a config or of weights is in this file: what headers can
+show is refused before the model is built, what only values show while they are read.
+"""
 
 import json
 import math
@@ -9,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -17,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
+from granitemoe import GraniteMoeConfig
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ON_DISK = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SPELLINGS = {  # transformers' names in memory, which it can also write: those of the released files
     "experts.gate_up_proj": "input_linear.weight",
@@ -107,20 +112,83 @@ def read_json(path: Path) -> dict:
 
 def read_config(folder: Path) -> GraniteMoeConfig:
     """config.json, with the end tokens of generation_config.json where that names some."""
-    file, sampling = folder / "config.json", folder / "generation_config.json"
-    with naming(adapter := folder / "adapter_config.json"):
+    file, adapter = folder / "config.json", folder / "adapter_config.json"
+    with naming(adapter):
         advice = "merge it: model.merge_and_unload().save_pretrained(FOLDER)"
         require(not adapter.exists(), f"an adapter, no model; {advice}")
+    data = read_json(file)
     with naming(file):
-        config = GraniteMoeConfig.from_dict(read_json(file))
-    if sampling.exists():
-        with naming(sampling):
-            ends = read_json(sampling).get("eos_token_id")
-            if isinstance(ends, int | list):  # an id that the model lacks ends nothing
-                ends = ends if isinstance(ends, list) else [ends]
-                possible = [i for i in ends if type(i) is not int or 0 <= i < config.vocab_size]
-                ends = possible if ends else None
-            config = config if ends is None else replace(config, eos_token_id=ends)
+        check_fields(data)
+        config = GraniteMoeConfig.from_dict(data)
+        head_dim = data.get("head_dim", config.head_dim)
+        good = head_dim in (None, config.head_dim)
+        require(good, f"head_dim: must be hidden_size / heads, got {head_dim!a:.60}")
+        check_token_ids(config)
+    if config.dtype:
+        config = replace(config, dtype=config.dtype.removeprefix("torch."))
+    return with_end_tokens(folder, config)
+
+
+def check_fields(data: dict) -> None:
+    """Types and ranges of the fields that the model uses, as transformers 4 or 5 spells them."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = data.get(name) or {}
+        require(isinstance(rope, dict), f"{name}: only 'default' is supported, got {rope!a:.60}")
+        if "rope_theta" in rope:
+            check_number("rope_theta", rope["rope_theta"], float, 1e-18, 1e18)
+    for name in ("dtype", "torch_dtype"):
+        dtype = data.get(name)
+        good = dtype is None or str(dtype).removeprefix("torch.") in DTYPES
+        require(good, f"{name}: must be one of {[*DTYPES]}, got {dtype!a:.60}")
+    for field in fields(GraniteMoeConfig):
+        if field.name in data:
+            check_field(field.name, field.type, data[field.name])
+
+
+def check_field(name: str, kind: type, value: object) -> None:
+    if kind is bool:
+        require(type(value) is bool, f"{name}: must be true or false, got {value!a:.60}")
+    elif kind is str:
+        require(type(value) is str, f"{name}: must be a text, got {value!a:.60}")
+    elif kind is int:
+        check_number(name, value, int, 1, 2**31)
+    elif name == "attention_dropout":
+        check_number(name, value, float, 0, 1)
+    elif name == "router_aux_loss_coef":
+        check_number(name, value, float, 0, 1e18)
+    elif kind is float:
+        check_number(name, value, float, 1e-18, 1e18)
+
+
+def check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
+    what = "an integer" if kind is int else "a number"
+    good = type(value) in (int, kind) and low <= value <= high
+    require(good, f"{name}: must be {what} from {low} to {high}, got {value!a:.60}")
+
+
+def check_token_ids(config: GraniteMoeConfig) -> None:
+    last = config.vocab_size - 1
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        several = name == "eos_token_id" and type(value) is list
+        for i in value if several else [value]:
+            good = i is None or (type(i) is int and 0 <= i <= last)
+            require(good, f"{name}: must be null or from 0 to {last}, got {value!a:.60}")
+
+
+def with_end_tokens(folder: Path, config: GraniteMoeConfig) -> GraniteMoeConfig:
+    """generation_config.json may name other end tokens. An id that the model lacks ends nothing."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return config
+    ends = read_json(file).get("eos_token_id")
+    if not isinstance(ends, int | list) or ends == []:
+        return config
+    ends = ends if isinstance(ends, list) else [ends]
+    possible = [i for i in ends if type(i) is not int or 0 <= i < config.vocab_size]
+    config = replace(config, eos_token_id=possible)
+    with naming(file):
+        check_token_ids(config)
     return config
 
 
@@ -237,60 +305,95 @@ def by_released_name(stored: dict[str, Stored]) -> dict[str, Stored]:
     return tensors
 
 
-def own_dtype(config: GraniteMoeConfig, stored: dict[str, Stored]) -> str | torch.dtype:
-    """What config.json names or, where it names none, what the embedding is stored in."""
-    embedding = stored.get(EMBEDDING, stored.get(HEAD))
-    return config.dtype or ON_DISK.get(embedding and embedding.dtype, torch.float32)
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA, else MPS, else the CPU. Raises ValueError for what this machine lacks."""
+    available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    available += ["cpu"]
+    wanted = {"auto": available[0], "cuda": "cuda:0"}.get(name, name)
+    if wanted not in available:
+        raise ValueError(f"device: must be auto or one of {available}, got {name!a:.40}")
+    return torch.device(wanted)
 
 
-def empty_model(
-    folder: Path, config: GraniteMoeConfig, stored: dict[str, Stored]
-) -> GraniteMoeForCausalLM:
-    """The model on the meta device, where tensors have shapes and no memory."""
-    layers = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
-    with naming(folder / "config.json"):  # before anything is built by that number
-        good = layers == config.num_hidden_layers
-        require(good, f"num_hidden_layers: {config.num_hidden_layers}, but {layers} are stored")
-        try:
-            with torch.device("meta"):
-                return GraniteMoeForCausalLM(config)
-        except RuntimeError:
-            raise ValueError("sizes: too large for any tensor") from None
+def pick_dtype(
+    dtype: str | torch.dtype | None, config: GraniteMoeConfig, stored: dict[str, Stored]
+) -> torch.dtype:
+    """None is what config.json names or, where it names none, what the embedding is stored in.
+    Raises ValueError for what the model does not run in."""
+    if dtype is None:
+        dtype = config.dtype or ON_DISK[stored[EMBEDDING].dtype]
+    if dtype not in DTYPES and dtype not in DTYPES.values():
+        raise ValueError(f"dtype: must be one of {list(DTYPES)}, got {dtype!a:.40}")
+    return DTYPES.get(dtype, dtype)
 
 
-def match_tensors(folder: Path, stored: dict[str, Stored], model: GraniteMoeForCausalLM) -> None:
-    """Compare what is stored with what the model needs, before anything is allocated.
+def check(folder: Path, config: GraniteMoeConfig) -> dict[str, Stored]:
+    """What is stored, by its name in the released files, or CheckpointError for all that headers
+    can show. Nothing is built, and the work is bounded by what the files hold.
 
     A tied head may be stored beside the embedding or, under the head's name, in its place.
     """
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    allowed = dict(expected)
-    if model.config.tie_word_embeddings:
-        allowed[HEAD] = expected[EMBEDDING]
-        if HEAD in stored and EMBEDDING not in stored:
-            stored[EMBEDDING] = stored.pop(HEAD)
+    stored = find_tensors(folder)
+    layers = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
+    with naming(folder / "config.json"):  # before anything is made by that number
+        good = layers == config.num_hidden_layers
+        require(good, f"num_hidden_layers: {config.num_hidden_layers}, but {layers} are stored")
+    tied = config.tie_word_embeddings
+    if tied and HEAD in stored and EMBEDDING not in stored:
+        stored[EMBEDDING] = stored.pop(HEAD)
+    needed = expected_shapes(config)
     with naming(folder):
-        for problem, wrong in (
-            ("missing", [name for name in expected if name not in stored]),
-            ("unexpected", [t.name for name, t in stored.items() if name not in allowed]),
-        ):
-            some = ", ".join(f"{n!a:.45}" for n in wrong[:2])
-            require(not wrong, f"{len(wrong)} {problem} tensors: {some}")
-    for name, tensor in stored.items():
-        with naming(tensor.path):
-            good = tensor.shape == allowed[name] and all(type(n) is int for n in tensor.shape)
-            require(good, f"{name}: shape must be {allowed[name]}, is {tensor.shape!a:.40}")
-            good = tensor.dtype in ON_DISK
-            require(good, f"{name}: dtype must be F32, F16 or BF16, is {tensor.dtype!a:.20}")
+        missing = [name for name in needed if name not in stored]
+        require(not missing, f"{len(missing)} missing tensors: {some(missing)}")
+        beside = {HEAD} if tied else set()
+        unexpected = [at.name for name, at in stored.items() if name not in needed.keys() | beside]
+        require(not unexpected, f"{len(unexpected)} unexpected tensors: {some(unexpected)}")
+    for name, at in stored.items():
+        shape = needed.get(name, needed[EMBEDDING])
+        with naming(at.path):
+            good = at.shape == shape and all(type(n) is int for n in at.shape)
+            require(good, f"{name}: shape must be {shape}, is {at.shape!a:.40}")
+            good = at.dtype in ON_DISK
+            require(good, f"{name}: dtype must be F32, F16 or BF16, is {at.dtype!a:.20}")
+    for path in sorted({at.path for at in stored.values()}):
+        with naming(path), safe_open(path, "pt", backend="pread"):
+            """It looks at all entries, and whether each has a place of its own."""
+    return stored
 
 
-def read_tensors(
+def some(names: list[str]) -> str:
+    return ", ".join(f"{name!a:.45}" for name in names[:2])
+
+
+def expected_shapes(config: GraniteMoeConfig) -> dict[str, tuple[int, ...]]:
+    """The model's parameters. Letters are those of granitemoe.py's dimension key."""
+    V, D, F = config.vocab_size, config.hidden_size, config.intermediate_size
+    E, GC = config.num_local_experts, config.num_key_value_heads * config.head_dim
+    layer = {
+        "input_layernorm": (D,),
+        "self_attn.q_proj": (D, D),
+        "self_attn.k_proj": (GC, D),
+        "self_attn.v_proj": (GC, D),
+        "self_attn.o_proj": (D, D),
+        "post_attention_layernorm": (D,),
+        "block_sparse_moe.input_linear": (E, 2 * F, D),
+        "block_sparse_moe.output_linear": (E, D, F),
+        "block_sparse_moe.router.layer": (E, D),
+    }
+    shapes = {EMBEDDING: (V, D), "model.norm.weight": (D,)}
+    for i in range(config.num_hidden_layers):
+        for name, shape in layer.items():
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (V, D)
+    return shapes
+
+
+def read(
     stored: dict[str, Stored], dtype: torch.dtype, device: str | torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Each tensor in memory of its own, finite and cast; the next ones are read meanwhile."""
-    for path in {at.path: None for at in stored.values()}:
-        with naming(path), safe_open(path, "pt", backend="pread"):
-            """It looks at all entries, and whether each has a place of its own."""
     ahead: deque = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for name in sorted(stored, key=lambda name: (stored[name].path, stored[name].offsets)):

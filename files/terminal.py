@@ -8,17 +8,22 @@ import codecs
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from granitemoe import GraniteMoeForCausalLM
 
 INSTALL = "run: pip install -r requirements.txt"
+TINY = Path(__file__).resolve().parents[1] / "tiny"
+PROMPT = "class Stack:"  # without a prompt; without any argument, DEMO
+DEMO = f'"{PROMPT}" --temperature 0.8 --top-p 0.9 --seed 40 --max-new-tokens 92 --dtype float32'
 
 
 @contextmanager
@@ -104,6 +109,22 @@ def read_line() -> bytes:
     return sys.stdin.buffer.readline()
 
 
+def typed_messages() -> Iterator[str]:
+    """The lines of standard input that are texts; of others, what is wrong."""
+    while line := read_line():
+        try:
+            text = decode_prompt(line.rstrip(b"\r\n"))
+        except ValueError as error:
+            note(f"[{error}]")
+        else:
+            yield text
+
+
+def is_utf8(text: str) -> bool:
+    """Not where an argument had other bytes: Python keeps those as surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def parse_ids(prompt: str) -> list[int]:
     words = prompt.replace(",", " ").split()
     if not all(re.fullmatch(r"[0-9]{1,9}", word) for word in words):
@@ -119,9 +140,85 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def report(model: "GraniteMoeForCausalLM", prompts: list, made: list, times: list[float]) -> None:
-    """Speeds on standard error; times: before the prefill, then after each step."""
-    read, new, steps = sum(map(len, prompts)), sum(map(len, made)), len(times) - 2
+def parse_args(
+    given: list[str], complete: Callable[[argparse.Namespace], None], **tables: Iterable[str]
+) -> argparse.Namespace:
+    """The command's arguments, all of them checked; prompts are read, and `ids` are those of
+    --raw-ids. complete: checks what others know; tables: the names that some options take."""
+    parser = Parser(description="Continue text with a GraniteMoe model.")
+    add_options(parser, **tables)
+    args = parser.parse_args(given)
+    try:
+        complete(args)
+        check_options(args)
+        args.prompts = read_prompts(args.prompts, piped=not args.chat)
+        if args.raw_ids:
+            args.ids = [parse_ids(prompt) for prompt in args.prompts or ["0"]]
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.prompts and not given:
+        note(f"[python generate.py {DEMO}]")
+        return parse_args(shlex.split(DEMO), complete, **tables)
+    return args
+
+
+def add_options(parser: Parser, dtypes: Iterable, attention: Iterable, experts: Iterable) -> None:
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="texts to continue, as one batch; - is stdin")
+    add("--model", default=TINY, help="folder or hub id (default: tiny/)")
+    how_many = "how many at the most (default: 128)"
+    add("--max-new-tokens", type=int, default=128, metavar="N", help=how_many)
+    greedy = "0 (default): the likeliest; else sampled"
+    add("--temperature", type=float, default=0.0, metavar="T", help=greedy)
+    add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest; 0 keeps all")
+    mass = "keep the likeliest that hold P of it"
+    add("--top-p", type=float, default=1.0, metavar="P", help=mass)
+    least = "drop what is below P times the likeliest"
+    add("--min-p", type=float, default=0.0, metavar="P", help=least)
+    less = "over 1: repeat less"
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help=less)
+    add("--seed", type=int, metavar="S", help="the same seed, the same samples")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    add("--chat", action="store_true", help="the model's chat format; no PROMPT: a conversation")
+    add("--system", metavar="TEXT", help="the system message of --chat")
+    add("--raw-ids", action="store_true", help="prompts and output are token ids")
+    add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:N")
+    add("--dtype", choices=dtypes, help="default: the checkpoint's")
+    forms = "same numbers, another speed (default: auto)"
+    add("--attention", choices=("auto", *attention), default="auto", help=forms)
+    add("--experts", choices=("auto", "batched", *experts), default="auto", help=forms)
+    add("--compile", action="store_true", help="the same model once more for speed (see fast/)")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together."""
+    if args.system is not None and not args.chat:
+        raise ValueError("--system: needs --chat")
+    if args.system is not None and not is_utf8(args.system):
+        raise ValueError("--system: is not UTF-8")
+    if args.chat and (args.raw_ids or len(args.prompts) > 1):
+        raise ValueError("--chat: takes one PROMPT or none, and no --raw-ids")
+    if "" in args.stop or (args.stop and args.raw_ids):
+        raise ValueError("--stop: must be a text that is not empty, and not with --raw-ids")
+    if args.compile and args.attention != "auto":
+        raise ValueError("--compile: needs --attention auto")
+    if args.compile and args.experts not in ("auto", "batched"):
+        raise ValueError("--compile: needs --experts auto or batched")
+
+
+def introduce(model: "GraniteMoeForCausalLM", runs: str, loaded: float) -> None:
+    """What was loaded, in how many seconds, and what runs."""
+    total, active = model.num_parameters() / 1e6, model.num_parameters(active=True) / 1e6
+    weight = model.model.norm.weight
+    where = f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}"
+    size = f"{total:.1f} M parameters, {active:.1f} M active"
+    note(f"[{size}; {where}, {runs}; loaded in {loaded:.2f} s]")
+
+
+def report(model: "GraniteMoeForCausalLM", prompts: list, rows: list, times: list[float]) -> None:
+    """Speeds on standard error; rows have `made` new ids; times: before the prefill, then after
+    each step."""
+    read, new, steps = sum(map(len, prompts)), sum(row.made for row in rows), len(times) - 2
     if steps >= 0:
         first = times[1] - times[0]
         text = f"first token {first:.3f} s; prompt {read} tokens, {read / first:.0f} tokens/s"
@@ -132,7 +229,7 @@ def report(model: "GraniteMoeForCausalLM", prompts: list, made: list, times: lis
             text += f"weights at {active / seconds / 1e9:.2f} GB/s a row"
         note(f"[{text}]")
     context = model.config.max_position_embeddings
-    if any(len(ids) + len(more) >= context for ids, more in zip(prompts, made, strict=True)):
+    if any(len(ids) + row.made >= context for ids, row in zip(prompts, rows, strict=True)):
         note(f"[the context of {context} tokens is full]")
 
 
