@@ -42,7 +42,7 @@ PART_TESTS = {"checkpoint", "tokenizer", "chat", "fast_cpu", "fast_cuda"}  # kno
 SHARED = {"changes", "fuzz"}
 PUBLIC = ("generate", "load_model")  # whose parameters are the command's options
 TOP = {
-    ".ci", ".github", ".gitignore", ".ruff.toml", "LICENSE", "README.md", "bench", "fast", "files",
+    ".ci", ".github", ".gitignore", ".pytest.ini", ".ruff.toml", "LICENSE", "README.md", "bench", "fast", "files",
     "generate.py", "granitemoe.py", "lessons", "requirements.txt", "test_granitemoe.py", "tests",
     "tiny",
 }  # fmt: skip
