@@ -489,7 +489,7 @@ def script(job: str, *args: object) -> str:
 
 
 MOST = {  # of the work for any refusal; of memory, over what a good folder takes
-    "growth": 16 * 2**20, "read": 32 * 2**20, "calls": 4 * 10**6,
+    "growth": 32 * 2**20, "read": 32 * 2**20, "calls": 4 * 10**6,
 }  # fmt: skip
 
 

@@ -42,9 +42,9 @@ PART_TESTS = {"checkpoint", "tokenizer", "chat", "fast_cpu", "fast_cuda"}  # kno
 SHARED = {"changes", "fuzz"}
 PUBLIC = ("generate", "load_model")  # whose parameters are the command's options
 TOP = {
-    ".ci", ".github", ".gitignore", ".pytest.ini", ".ruff.toml", "LICENSE", "README.md", "bench", "fast", "files",
-    "generate.py", "granitemoe.py", "lessons", "requirements.txt", "test_granitemoe.py", "tests",
-    "tiny",
+    ".ci", ".github", ".gitignore", ".pytest.ini", ".ruff.toml", "LICENSE", "README.md", "bench",
+    "fast", "files", "generate.py", "granitemoe.py", "lessons", "requirements.txt",
+    "test_granitemoe.py", "tests", "tiny",
 }  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
