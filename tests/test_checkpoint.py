@@ -66,6 +66,7 @@ from conftest import (
     on_posix,
     pack,
     problem,
+    representing,
     rss,
     thorough,
     unpack,
@@ -584,7 +585,7 @@ def test_file_changes_after_loading(folder):
 
 
 @on_linux
-@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("dtype", representing(("bfloat16", "float32"), "bfloat16"))
 def test_memory_while_loading(dtype, large):
     peak, size, largest = map(int, script("memory", large, dtype).split())
     assert size > 165e6 * (1 + (dtype == "float32"))
