@@ -8,6 +8,7 @@ thread; a test of threads asks for its own. What is long by nature is marked tho
 import itertools
 import json
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -58,6 +59,9 @@ Files = dict[str, bytes]
 LINUX = hasattr(os, "fork") and Path("/proc/self/clear_refs").exists()
 on_linux = pytest.mark.skipif(not LINUX, reason="needs a system with fork and /proc")
 on_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CC", "cc").split()[0]), reason="needs a C compiler"
+)
 thorough = pytest.mark.thorough
 
 

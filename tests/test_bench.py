@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import on_posix, thorough
+from conftest import needs_compiler, on_posix, thorough
 
 BENCH = Path(__file__).resolve().parents[1] / "bench" / "bench.py"
 PROMPTS = {"ours", "ours compiled", "transformers default", "transformers eager", "llama.cpp"}
@@ -25,6 +25,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@needs_compiler
 def test_the_quickest_run(tmp_path):
     """One item of ours alone."""
     done = run("--dims", "tiny", "--peer", "none", "--only", "decode 1", "--json", tmp_path / "out")

@@ -34,6 +34,7 @@ from conftest import (
     checkpoint,
     command,
     forked,
+    needs_compiler,
     on_linux,
     on_posix,
     problem,
@@ -279,14 +280,22 @@ def test_pipe_that_waits(speaker):
     assert (process.returncode, out.decode()) == (0, PROMPT + SAID + "\n")
 
 
-@pytest.mark.parametrize("options, words", (
-    ([], "attention: sdpa, experts: runs;"),
-    (["--dtype", "bfloat16"], "cpu, bfloat16, attention: blocks, experts: runs;"),
-    (["--attention", "eager", "--experts", "loop"], "attention: eager, experts: loop;"),
-    (["--experts", "batched"], "experts: gathered/grouped;"),
-    (["--compile"], "experts: runs, compiled prompts and steps: C;"),
-), ids=("auto", "bfloat16", "asked for", "batched", "compiled"))  # fmt: skip
-def test_the_bracket_line_names_the_forms(options, words, folder, monkeypatch, capsys):
+FORMS = {
+    "auto": ([], "attention: sdpa, experts: runs;"),
+    "bfloat16": (["--dtype", "bfloat16"], "cpu, bfloat16, attention: blocks, experts: runs;"),
+    "asked for": (
+        ["--attention", "eager", "--experts", "loop"],
+        "attention: eager, experts: loop;",
+    ),
+    "batched": (["--experts", "batched"], "experts: gathered/grouped;"),
+    "compiled": (["--compile"], "experts: runs, compiled prompts and steps: C;"),
+}
+COMPILED = pytest.param("compiled", marks=needs_compiler)
+
+
+@pytest.mark.parametrize("name", [*[*FORMS][:-1], COMPILED])
+def test_the_bracket_line_names_the_forms(name, folder, monkeypatch, capsys):
+    options, words = FORMS[name]
     args = ["--model", str(folder), "--max-new-tokens", "1", *options, PROMPT]
     monkeypatch.setattr(sys, "argv", ["generate.py", *args])
     eager = functools.partial(generate.torch.compile, backend="eager")
@@ -329,6 +338,7 @@ SIGNALS = {
 
 
 @on_posix
+@needs_compiler
 @pytest.mark.parametrize("name", representing(SIGNALS, "SIGINT", "SIGTERM, compiled"))
 def test_signal_while_streaming(name, talker):
     sent, status, how = SIGNALS[name]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TESTS, audited, collect, representing
+from conftest import ROOT, TESTS, audited, collect, needs_compiler, representing
 from torch import Tensor
 
 import generate
@@ -31,6 +31,7 @@ from test_granitemoe import (
     relative,
 )  # fmt: skip
 
+pytestmark = needs_compiler
 WORDS = {"model_type": "granitemoe"}
 
 

@@ -24,6 +24,7 @@ from conftest import (
     audited,
     checkpoint,
     collect,
+    needs_compiler,
     on_linux,
     representing,
     scripted,
@@ -216,7 +217,7 @@ def test_flash_says_what_it_cannot_do(model, tmp_path):
         flash(TWO, attention_mask=ONES)
 
 
-@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=needs_compiler)))
 def test_a_penalty_counts_what_the_cache_holds(compiled, model):
     """However it came there, and no more than that: a conversation is one long prompt."""
     parts, how = [IDS, [9, 40], [11]], {"repetition_penalty": 1.9, "compiled": compiled}
