@@ -25,7 +25,7 @@ FILES = (
     "granitemoe.py", "generate.py", "files/checkpoint.py", "files/tokenizer.py",
     "files/chat.py", "files/terminal.py", "fast/cuda.py", "fast/cpu.py",
 )  # fmt: skip
-ROOMS = ("generation", "checkpoint", "tokenizer", "chat", "cpu", "cuda", "command")
+ROOMS = ("generation", "checkpoint", "tokenizer", "chat", "fast_cpu", "fast_cuda", "command")
 TESTS = [f"tests/test_{name}.py" for name in ROOMS]
 SLOW = "soak or fuzz or memory_while or without_asserts or threads or auto or asked_for or drop_as"
 ANYTHING = ast.parse("lambda x: True", mode="eval").body
