@@ -128,7 +128,15 @@ def spelled(change: Callable[[str], str]) -> Change:
     return header(act)
 
 
+def fifo(path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no FIFOs")
+    os.mkfifo(path)
+
+
 def device(path: Path) -> None:
+    if not Path("/dev/zero").exists():
+        pytest.skip("this system has no /dev/zero")
     path.symlink_to("/dev/zero")
 
 

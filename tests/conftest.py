@@ -1,19 +1,21 @@
 """What these tests share: small checkpoints as bytes, ways to change them, an audit, forked cases.
 
-Every case writes a checkpoint of its own, so that none of them needs a download.
+Every case writes a checkpoint of its own, so that none of them needs a download. All run in one
+thread; a test of threads asks for its own. What is long by nature is marked thorough, runs with
+`pytest --thorough`, and has a short representative in the default run.
 """
 
 import itertools
 import json
 import os
-import resource
+import shutil
 import signal
 import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns in forked cases
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that a test starts
+torch.set_num_threads(1)
+with suppress(ImportError):  # which Windows lacks
+    import resource
 
 import generate  # noqa: E402
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM  # noqa: E402
@@ -49,6 +55,36 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Files = dict[str, bytes]
+
+LINUX = hasattr(os, "fork") and Path("/proc/self/clear_refs").exists()
+on_linux = pytest.mark.skipif(not LINUX, reason="needs a system with fork and /proc")
+on_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which(os.environ.get("CC", "cc").split()[0]), reason="needs a C compiler"
+)
+thorough = pytest.mark.thorough
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="also what is long by nature")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: long by nature; runs with --thorough")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is thorough where it is not asked for, with --thorough or by its name."""
+    if not (config.getoption("--thorough") or any("::" in arg for arg in config.args)):
+        long = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=long)
+
+
+def representing(names: Collection, *kept: object) -> list:
+    """All names for parametrize, of which those that are not kept are thorough."""
+    assert all(name in names for name in kept)
+    return [name if name in kept else pytest.param(name, marks=thorough) for name in names]
 
 
 @cache
@@ -199,6 +235,7 @@ class Outcome(NamedTuple):
     out: str
     err: str
     growth: int  # bytes of memory at the peak over what it began with
+    below: int  # bytes of memory at the peak of a process that it started
     read: int  # bytes
     calls: int  # of functions, Python's and C's, if they were counted
 
@@ -216,41 +253,56 @@ def forked(
     act: Callable[[], int | None], seconds: int = 60, memory: int = 4 * 2**30, count: bool = False
 ) -> Outcome:
     """Run act in a process of its own, with limits. Fork from a process without busy threads."""
+    if not LINUX:
+        pytest.skip("needs a system with fork and /proc")
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         peak, told = os.pipe()
         pid = os.fork()
         if pid == 0:
-            status, calls = 70, itertools.count()
             try:
-                signal.alarm(seconds)
-                limit = rss("VmSize") + memory
-                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-                before, read = rss(), bytes_read()
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
-                sys.setprofile((lambda *_: next(calls)) if count else None)
-                status = act() or 0
-            except SystemExit as end:
-                status = end.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                for file in (sys.stdout, sys.stderr):
-                    file.flush()
-                sys.setprofile(None)
-                work = (rss("VmHWM") - before, bytes_read() - read, next(calls))
-                os.write(told, struct.pack("3q", *work))
-                os._exit(status)
+                status, work = 70, b""
+                status, work = measured(act, seconds, memory, count, out.fileno(), err.fileno())
+                os.write(told, work)
+            except BaseException:  # in the bookkeeping; act's own are told by measured()
+                os.write(err.fileno(), traceback.format_exc().encode())
+            finally:  # whatever happens: or it would go on as a second pytest
+                os._exit(status if isinstance(status, int) else 70)
         os.close(told)
         _, ended = os.waitpid(pid, 0)
-        work = struct.unpack("3q", os.read(peak, 24) or bytes(24))
+        work = struct.unpack("4q", os.read(peak, 32) or bytes(32))
         os.close(peak)
         texts = [os.pread(file.fileno(), 2**20, 0).decode(errors="replace") for file in (out, err)]
     return Outcome(os.waitstatus_to_exitcode(ended), *texts, *work)
+
+
+def measured(
+    act: Callable[[], int | None], seconds: int, memory: int, count: bool, *outputs: int
+) -> tuple[int, bytes]:
+    """In a forked process: act's exit status, and its work as an Outcome has it, packed."""
+    status, calls = 70, itertools.count()
+    signal.alarm(seconds)
+    limit = rss("VmSize") + memory
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before, read = rss(), bytes_read()
+    for fd, output in enumerate(outputs, 1):
+        os.dup2(output, fd)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
+    sys.setprofile((lambda *_: next(calls)) if count else None)
+    try:
+        status = act() or 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.setprofile(None)
+    for file in (sys.stdout, sys.stderr):
+        file.flush()
+    below = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    work = (rss("VmHWM") - before, below, bytes_read() - read, next(calls))
+    return status, struct.pack("4q", *work)
 
 
 def command(*args: str) -> Callable[[], int]:

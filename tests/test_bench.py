@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs_compiler, on_posix, thorough
 
 BENCH = Path(__file__).resolve().parents[1] / "bench" / "bench.py"
 PROMPTS = {"ours", "ours compiled", "transformers default", "transformers eager", "llama.cpp"}
@@ -19,11 +20,26 @@ MODES = PROMPTS | {"transformers batched_mm", "bare read"}
 NUMBERS = ("tokens_per_second", "gb_per_second", "tflops", "of_limit", "experts", "median")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCH), "--quick", "--device", "cpu", *arguments]
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCH), "--quick", "--device", "cpu", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@needs_compiler
+def test_the_quickest_run(tmp_path):
+    """One item of ours alone."""
+    done = run("--dims", "tiny", "--peer", "none", "--only", "decode 1", "--json", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out").read_text())["rows"]
+    assert {(row["item"], row["mode"]) for row in rows} >= {("decode 1", "ours")}
+    for row in rows:
+        assert row["item"] == "decode 1" and all(row[name] > 0 for name in NUMBERS), row
+        assert row["mode"] == "bare read" or row["difference"] < 0.05, row
+    assert "| decode 1 | ours |" in done.stdout
+
+
+@on_posix
+@thorough
 def test_a_quick_run(tmp_path):
     """llama.cpp's programs are stand-ins, which say what they would."""
     said = {"llama-bench": '{"avg_ts": 500.0}', "llama-batched-bench": '{"t_tg": 0.25}'}
@@ -65,6 +81,21 @@ def test_a_plot_needs_matplotlib():
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "matplotlib" in done.stderr
 
 
+@on_posix
+def test_one_of_the_first_minutes_on_a_card(tmp_path):
+    """A probe of gpu.sh, which reads as bash does."""
+    env = os.environ | {"DRY": "1", "DIMS": "tiny", "OUT": str(tmp_path)}
+    env["PYTHONPATH"] = str(BENCH.parents[1])
+    line = [sys.executable, str(BENCH.with_name("gpu.py")), "plain"]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(row) for row in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert any(row["goal"].startswith("plain step") and row["measured"] > 0 for row in rows)
+    subprocess.run(["bash", "-n", str(BENCH.with_name("gpu.sh"))], check=True)
+
+
+@on_posix
+@thorough
 def test_the_first_minutes_on_a_card(tmp_path):
     """Every line of gpu.sh, on a CPU at toy sizes: each probe ends well and has its rows."""
     env = os.environ | {"DRY": "1", "OUT": str(tmp_path), "PY": sys.executable}

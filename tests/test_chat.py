@@ -3,15 +3,24 @@ text, and a hostile template ends in one line."""
 
 import json
 import os
-import resource
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from changes import NESTED, assert_refused, device, edit, instead, put
-from conftest import END, ROLE_END, START, command, forked, problem, rss, tokenizer
+from changes import NESTED, assert_refused, device, edit, fifo, instead, put
+from conftest import (
+    END,
+    ROLE_END,
+    START,
+    Outcome,
+    checkpoint,
+    command,
+    forked,
+    on_posix,
+    problem,
+    tokenizer,
+    write_files,
+)  # fmt: skip
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -235,6 +244,7 @@ def test_a_token_that_the_model_lacks(folder):
 
 # --------------------------------------------------------------------------- a stranger's program
 
+MORE = 16 * 2**20  # bytes that a refused case may take over what a harmless one takes
 HOSTILE = {  # templates, and what the one line must say
     "syntax": ("{% for %}", "Syntax"),
     "raise_exception": ("{{ raise_exception('only\n tools') }}", "TemplateError 'only"),
@@ -263,32 +273,32 @@ HOSTILE = {  # templates, and what the one line must say
 }  # fmt: skip
 
 
-def alone(*args: str) -> Callable[[], int]:
-    """The command in one thread: a fork has none of its parent's others, and would wait."""
-
-    def act() -> int:
-        torch.set_num_threads(1)
-        return command(*args)()
-
-    return act
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory) -> Outcome:
+    """What the same command takes where nothing is wrong: code that is paged in, and a reply."""
+    folder = write_files(tmp_path_factory.mktemp("harmless"), checkpoint())
+    put("chat_template.jinja", GRANITE.encode())(folder)
+    ended = forked(command("--model", str(folder), "--max-new-tokens", "1", "--chat", "hi"))
+    assert ended.status == 0 and ended.below > 0
+    return ended
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates(name, folder, monkeypatch):
+def test_hostile_templates(name, folder, harmless, monkeypatch):
     """Through the command: one line and exit status 1; without --chat, it is not rendered."""
     monkeypatch.chdir(folder.parent)
     template, words = HOSTILE[name]
     put("chat_template.jinja", template.encode())(folder)
     args = ("--model", str(folder), "--max-new-tokens", "1")
-    outcome = forked(alone(*args, "--chat", "hi"), seconds=30)
+    outcome = forked(command(*args, "--chat", "hi"), seconds=30)
     assert problem(outcome, 1) == "" and "chat_template.jinja" in outcome.err
     assert all(word in outcome.err for word in words.split()), outcome.err
-    assert outcome.growth < 64 * 2**20 and os.listdir(".") == ["model"]
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    assert peak < rss("VmHWM") + chat.MEMORY + 64 * 2**20
-    assert forked(alone(*args, "hi")).status == 0
+    assert outcome.growth < harmless.growth + MORE and os.listdir(".") == ["model"]
+    assert outcome.below < harmless.below + chat.MEMORY + MORE
+    assert forked(command(*args, "hi")).status == 0
 
 
+@on_posix
 def test_a_template_without_an_end(folder, monkeypatch):
     """It is ended; the process that renders it is gone afterwards."""
     monkeypatch.setattr(chat, "SECONDS", 1)
@@ -304,7 +314,7 @@ def test_a_template_without_an_end(folder, monkeypatch):
 
 def test_without_fork(folder, theirs, monkeypatch):
     """As on Windows."""
-    monkeypatch.delattr(os, "fork")
+    monkeypatch.delattr(os, "fork", raising=False)
     theirs.chat_template = GRANITE
     theirs.save_pretrained(folder)
     ours = load_chat_template(folder, load_tokenizer(folder))
@@ -324,7 +334,7 @@ ROWS = [
     )],
     ("template: not UTF-8", put("chat_template.jinja", b"\xff"), "chat_template.jinja"),
     *[(f"template: a {kind}", instead("chat_template.jinja", make), "chat_template.jinja regular")
-      for kind, make in (("folder", Path.mkdir), ("FIFO", os.mkfifo), ("device", device))],
+      for kind, make in (("folder", Path.mkdir), ("FIFO", fifo), ("device", device))],
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TESTS, audited, collect
+from conftest import ROOT, TESTS, audited, collect, needs_compiler, representing
 from torch import Tensor
 
 import generate
@@ -31,6 +31,7 @@ from test_granitemoe import (
     relative,
 )  # fmt: skip
 
+pytestmark = needs_compiler
 WORDS = {"model_type": "granitemoe"}
 
 
@@ -395,7 +396,7 @@ def plant(before: str, after: str, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "SOURCES", [folder / file.name for file in cpu.SOURCES])
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", representing(FAULTS, "ties by number"))
 def test_faults_in_the_c_text_are_found(fault, fresh, tmp_path, monkeypatch):
     """By the comparison that the tests above rest on."""
     plant(*FAULTS[fault], tmp_path, monkeypatch)
@@ -442,7 +443,7 @@ def test_prompts_in_c(N, sizes):
         assert ours <= 1.1 * eager
 
 
-@pytest.mark.parametrize("fault", PROMPT_FAULTS)
+@pytest.mark.parametrize("fault", representing(PROMPT_FAULTS, "the tail of a row left out"))
 @torch.no_grad()
 def test_faults_in_prompts_are_found(fault, fresh, tmp_path, monkeypatch):
     plant(*PROMPT_FAULTS[fault], tmp_path, monkeypatch)
@@ -479,7 +480,7 @@ def test_attention_of_prompts_in_c(T, past, C):
         assert ours <= (1e-5 if dtype == torch.float32 else 1.1 * eager)
 
 
-@pytest.mark.parametrize("fault", ATTENTION_FAULTS)
+@pytest.mark.parametrize("fault", representing(ATTENTION_FAULTS, "sums as before"))
 @torch.no_grad()
 def test_faults_in_attention_are_found(fault, fresh, tmp_path, monkeypatch):
     plant(*ATTENTION_FAULTS[fault], tmp_path, monkeypatch)
@@ -600,8 +601,11 @@ print("clean")
 """
 
 
-@pytest.mark.parametrize("portable", (False, True), ids=("native", "portable"))
-def test_c_under_sanitizers(portable, fresh):
+FEW = {"odd experts": SHAPES["odd experts"]}
+
+
+@pytest.mark.parametrize("how", representing(("native", "portable", "few shapes"), "few shapes"))
+def test_c_under_sanitizers(how, fresh):
     """No byte outside of what it was given, and nothing that C leaves undefined, at odd sizes."""
     where = [*cpu.compiler(), "-print-file-name=libasan.so"]
     library = subprocess.run(where, capture_output=True, text=True).stdout.strip()
@@ -609,9 +613,12 @@ def test_c_under_sanitizers(portable, fresh):
         pytest.skip("the compiler brings no sanitizer")
     env = {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
     env |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(TESTS))), "OMP_NUM_THREADS": "2"}
-    code = (
-        SANITIZED.replace("FLAGS +=", 'FLAGS += ["-U__AVX512BF16__"] +') if portable else SANITIZED
-    )
+    code = SANITIZED
+    if how == "portable":
+        code = code.replace("FLAGS +=", 'FLAGS += ["-U__AVX512BF16__"] +')
+    elif how == "few shapes":
+        code = code.replace("SHAPES.items()", "FEW.items()").replace('"-g"]', '"-O1"]')
+        code = code.replace("(torch.float32, torch.bfloat16)", "(torch.bfloat16,)")
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == "clean\n", done.stderr[-3000:]

@@ -2,7 +2,7 @@
 
 Run as a script, it generates many tokens and fails if memory grows:
 
-    python tests/test_generation.py 100000
+    python tests/test_generation.py 100000 [FOLDER]
 """
 
 import itertools
@@ -24,6 +24,9 @@ from conftest import (
     audited,
     checkpoint,
     collect,
+    needs_compiler,
+    on_linux,
+    representing,
     scripted,
     write_files,
 )  # fmt: skip
@@ -214,7 +217,7 @@ def test_flash_says_what_it_cannot_do(model, tmp_path):
         flash(TWO, attention_mask=ONES)
 
 
-@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("compiled", (False, pytest.param(True, marks=needs_compiler)))
 def test_a_penalty_counts_what_the_cache_holds(compiled, model):
     """However it came there, and no more than that: a conversation is one long prompt."""
     parts, how = [IDS, [9, 40], [11]], {"repetition_penalty": 1.9, "compiled": compiled}
@@ -349,15 +352,12 @@ def anonymous() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 
-def soak(count: int) -> int:
+def soak(count: int, folder: Path = ROOT / "tiny") -> int:
     """Generate `count` tokens; once warm, memory may grow by 1 MiB and no more.
 
     In float32: in bfloat16 oneDNN keeps a compiled product for each number of rows that an
     expert has ever got, a thousand at most, which hides whether anything of ours grows.
     """
-    folder = ROOT / "tiny"
-    if not (folder / "model.safetensors").exists():
-        folder = write_files(Path(os.environ["SOAK"]), checkpoint())
     model, made, base, rng = load_model(folder, dtype="float32"), 0, None, random.Random(0)
     warm = max(count // 10, 6000)
     context, last = model.config.max_position_embeddings, model.config.vocab_size - 1
@@ -374,12 +374,15 @@ def soak(count: int) -> int:
     return 0 if drift <= 2**20 and all(same) else 1
 
 
-def test_soak(tmp_path):
-    line = [sys.executable, str(TESTS / "test_generation.py"), "11000"]
-    env = {**os.environ, "SOAK": str(tmp_path / "model"), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(line, capture_output=True, text=True, env=env, timeout=300)
+@on_linux
+@pytest.mark.parametrize("count", representing((11_000, 7_500), 7_500))
+def test_soak(count, tmp_path):
+    """Tokens after the first 6,000, by when all is warm; of a smaller model where they are few."""
+    folder = ROOT / "tiny" if count > 10_000 else write_files(tmp_path / "model", checkpoint())
+    line = [sys.executable, str(TESTS / "test_generation.py"), str(count), str(folder)]
+    ran = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 if __name__ == "__main__":
-    sys.exit(soak(int(sys.argv[1])))
+    sys.exit(soak(int(sys.argv[1]), *map(Path, sys.argv[2:])))

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TESTS
+from conftest import ROOT, TESTS, thorough
+from elsewhere import MODULES
 
 ROOMS = sorted(
     path.relative_to(ROOT)
@@ -42,9 +43,9 @@ PART_TESTS = {"checkpoint", "tokenizer", "chat", "fast_cpu", "fast_cuda"}  # kno
 SHARED = {"changes", "fuzz"}
 PUBLIC = ("generate", "load_model")  # whose parameters are the command's options
 TOP = {
-    ".ci", ".github", ".gitignore", ".ruff.toml", "LICENSE", "README.md", "bench", "fast", "files",
-    "generate.py", "granitemoe.py", "lessons", "requirements.txt", "test_granitemoe.py", "tests",
-    "tiny",
+    ".ci", ".github", ".gitignore", ".pytest.ini", ".ruff.toml", "LICENSE", "README.md", "bench",
+    "fast", "files", "generate.py", "granitemoe.py", "lessons", "requirements.txt",
+    "test_granitemoe.py", "tests", "tiny",
 }  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -112,6 +113,33 @@ def test_layout():
     if tracked.returncode:
         pytest.skip("not a checkout")
     assert {line.partition("/")[0] for line in tracked.stdout.splitlines()} <= TOP
+
+
+# --------------------------------------------------------------------------------- other systems
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=str)
+def test_no_room_needs_what_windows_lacks(room):
+    """To be imported, that is: within a function, or where it may fail, it can be looked for."""
+    for node in parse(room).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not {*names} & {*MODULES}, ast.unparse(node)
+
+
+@thorough
+def test_the_tests_are_found_elsewhere():
+    """Without fork, /proc and the rest each test file is imported; what needs them is skipped."""
+    line = [sys.executable, TESTS / "elsewhere.py", "-q", "-rs"]
+    done = subprocess.run([*line, "--collect-only"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and " tests collected" in done.stdout, done.stdout[-3000:]
+    some = [
+        f"tests/test_{n}.py" for n in ("command", "chat", "tokenizer", "checkpoint", "generation")
+    ]
+    done = subprocess.run([*line, *some], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    for reason in ("needs a system with fork and /proc", "this system has no FIFOs"):
+        assert reason in done.stdout, done.stdout[-3000:]
 
 
 # -------------------------------------------------------------------------------------- the README

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, checkpoint, write_files
+from conftest import CONFIG, ROOT, checkpoint, representing, thorough, write_files
 from safetensors.torch import load, save
 
 import generate
@@ -51,7 +51,7 @@ def run(monkeypatch, capsys):
     return act
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", representing(SCRIPTS, "routing"))
 def test_lessons_run_as_scripts(name, tmp_path):
     """From any folder, without installing anything: each finds granitemoe.py by itself."""
     script = ROOT / "lessons" / f"{name}.py"
@@ -72,7 +72,14 @@ COURSE = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
 ANEW = "a quote is old; run: python lessons/quotes.py"
 
 
-@pytest.mark.parametrize("line, shown", [quote[:2] for quote in quotes.find_quotes(COURSE)])
+QUOTES = [quote[:2] for quote in quotes.find_quotes(COURSE)]
+LONG = [  # those that try each of the experts
+    pytest.param(*quote, marks=thorough) if "--drop-expert all" in quote[0] else quote
+    for quote in QUOTES
+]
+
+
+@pytest.mark.parametrize("line, shown", LONG)
 def test_quoted_outputs_are_real(line, shown, run, monkeypatch, tmp_path):
     """Line for line, up to rounding, which another processor may do otherwise."""
     monkeypatch.chdir(ROOT)
