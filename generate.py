@@ -121,7 +121,8 @@ def continued(model, prompts, limits, sampling, ends, cache, compiled) -> Iterat
         return
     weight = model.model.norm.weight
     device, V = weight.device, model.config.vocab_size
-    B, longest = len(prompts), max(map(len, prompts))
+    B = len(prompts)
+    longest = max(map(len, prompts))
     if cache is None:
         room = longest + max(limits)
         cache = KVCache(model.config, B, room, device=device, dtype=weight.dtype)
@@ -179,9 +180,9 @@ def check_prompts(prompts, last, context) -> None:
             raise ValueError(f"prompts[{row}]: must be a list of ids, not empty")
         if len(ids) > context:
             raise ValueError(f"prompts[{row}]: has {len(ids)} tokens, room is for {context}")
-        for i in ids:
+        for at, i in enumerate(ids):
             if not is_number(i, Integral, 0, last):
-                raise ValueError(f"prompts[{row}]: {i!a:.40} must be an id from 0 to {last}")
+                raise ValueError(f"prompts[{row}][{at}]: {i!a:.40} must be an id from 0 to {last}")
 
 
 def end_tokens(model: GraniteMoeForCausalLM, given) -> set[int]:
@@ -262,9 +263,7 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(dim=-1)
 
 
-def sample(
-    logits: Tensor, seen: Tensor, sampling: Sampling, generators: list[torch.Generator]
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generators: list) -> tuple:
     """The next id of each row (B,), and whether its logits (B, V) were finite (B,). Does not
     synchronise. seen (B, V): True for ids that the penalty is for (arXiv 1909.05858)."""
     finite = torch.isfinite(logits).all(dim=-1)
@@ -281,7 +280,7 @@ def sample(
     return ids.clamp(max=logits.shape[-1] - 1), finite  # rounding may reach the sum
 
 
-def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
+def row_generators(seed: int | None, rows: int) -> list:
     """One a row: a row does not depend on its neighbours, nor the caller's random state on us."""
     generators = [torch.Generator() for _ in range(rows)]
     for row, generator in enumerate(generators):
@@ -289,7 +288,7 @@ def row_generators(seed: int | None, rows: int) -> list[torch.Generator]:
     return generators
 
 
-def uniform_rows(generators: list[torch.Generator], device: torch.device) -> Tensor:
+def uniform_rows(generators: list, device: torch.device) -> Tensor:
     """A number from 0 to 1 for each row (B, 1), in float64 where the device has it."""
     numbers = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -340,7 +339,8 @@ class TextStream:
         return self.decode(self.known + self.unread)[len(before) :]
 
     def give(self, count: int) -> str:
-        given, self.held = self.held[:count], self.held[count:]
+        given = self.held[:count]
+        self.held = self.held[count:]
         self.text += given
         return given
 

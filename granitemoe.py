@@ -2,8 +2,8 @@
 
 A decoder-only transformer whose feed-forward block is E small experts, of which a router picks K
 per token: Granite 3.0/3.1 1b-a400m (32 experts), 3b-a800m and PowerMoE-3b (40), all top-8.
-Read in order: config, norm and positions, cache, attention, mixture of experts, model, language
-model.
+Read in order: config, norm and positions, cache, attention, mixture of experts, model,
+language model.
 
 Dimension key (one letter, one size; x_ND has shape (N, D)):
     B batch            T new tokens           S cached + new tokens   V vocabulary
@@ -145,13 +145,13 @@ class RMSNorm(nn.RMSNorm):
         return self.weight * normed.to(x.dtype)
 
 
-def rope_tables(position_ids: Tensor, config: GraniteMoeConfig, dtype: torch.dtype) -> list[Tensor]:
+def rope_tables(position_ids: Tensor, config: GraniteMoeConfig, dtype: torch.dtype) -> list:
     """Cosines and sines (B, 1, T, C) of the angles position * theta^(-2i/C) (arXiv 2104.09864)."""
     C, device = config.head_dim, position_ids.device
     exponents = torch.arange(0, C, 2, dtype=torch.float32, device=device) / C
     frequencies = 1.0 / config.rope_theta**exponents
     angles = position_ids[:, None, :, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, C)
+    angles = torch.cat((angles, angles), dim=-1)  # (B or 1, 1, T, C)
     return [angles.cos().to(dtype), angles.sin().to(dtype)]
 
 
@@ -293,7 +293,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: list, mask: Mask, cache: Cache, layer: int) -> Tensor:
         """x (B, T, D) to what attention adds to the stream (B, T, D); layer: which of the cache."""
         config = self.config
-        B, T, C = x.shape[0], x.shape[1], config.head_dim
+        (B, T, _), C = x.shape, config.head_dim
         q = self.q_proj(x).view(B, T, -1, C).transpose(1, 2)  # (B, H, T, C)
         k = self.k_proj(x).view(B, T, -1, C).transpose(1, 2)  # (B, G, T, C)
         v = self.v_proj(x).view(B, T, -1, C).transpose(1, 2)  # (B, G, T, C)
@@ -316,7 +316,7 @@ class Router(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.layer = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_ND: Tensor) -> tuple:
         """The logits (float32), the K routing weights, which sum to 1, and the experts' ids."""
         logits_NE = self.layer(x_ND).float()
         top_logits_NK, expert_ids_NK = logits_NE.topk(self.top_k, dim=-1)
@@ -384,8 +384,8 @@ def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
     returns (M, outputs)."""
     if takes_grouped_mm(rows, weights):
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    runs = rows.split(counts_E.tolist())
+    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    runs = rows.split(counts)
     return torch.cat([F.linear(run, matrix) for run, matrix in zip(runs, weights, strict=True)])
 
 
@@ -493,17 +493,17 @@ class DecoderLayer(nn.Module):
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
     """Raises ValueError for shapes that would broadcast or write where they should not."""
-    shape = tuple(input_ids.shape)
-    if len(shape) != 2 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids: must be integers (B, T), got {input_ids.dtype} {shape}")
-    B, S = shape
+    shape = input_ids.shape
+    if input_ids.dtype not in (torch.int64, torch.int32) or len(shape) != 2 or 0 in shape:
+        raise ValueError(f"input_ids: must be integers (B, T), got {input_ids.dtype}, {shape}")
+    B, T = shape
+    S = T if cache is None else cache.length + T
     if cache is not None:
-        S += cache.length
         rows, room = cache.ids.shape
         if rows != B or room < S:
             raise ValueError(f"cache: {B} rows of {S} tokens do not fit in {rows} of {room}")
     if attention_mask is not None and attention_mask.shape != (B, S):
-        raise ValueError(f"attention_mask: must be {(B, S)}, got {tuple(attention_mask.shape)}")
+        raise ValueError(f"attention_mask: must be {[B, S]}, got {attention_mask.shape}")
 
 
 class GraniteMoeModel(nn.Module):
@@ -523,13 +523,13 @@ class GraniteMoeModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple:
         """ids (B, T) to hidden states (B, T, D) and each layer's router logits (N, E).
         See GraniteMoeForCausalLM.forward for the arguments."""
         check_inputs(input_ids, attention_mask, cache)
         start = 0 if cache is None else cache.length
         end = start + input_ids.shape[1]
-        slots = torch.arange(start, end, device=input_ids.device)  # (T,)
+        slots = torch.arange(start, end, device=input_ids.device)  # (T)
         mask = None
         if attention_mask is not None:
             mask = visible(slots, attention_mask)

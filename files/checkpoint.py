@@ -182,7 +182,7 @@ def with_end_tokens(folder: Path, config: GraniteMoeConfig) -> GraniteMoeConfig:
     if not file.exists():
         return config
     ends = read_json(file).get("eos_token_id")
-    if not isinstance(ends, int | list) or ends == []:
+    if ends is None or ends == []:
         return config
     ends = ends if isinstance(ends, list) else [ends]
     possible = [i for i in ends if type(i) is not int or 0 <= i < config.vocab_size]

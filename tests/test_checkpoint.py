@@ -153,7 +153,7 @@ CONFIGS = [
     ("config: no model_type", config("model_type"), "config.json model_type granitemoe"),
     ("config: both rope spellings differ", config(
         rope_parameters={"rope_type": "default", "rope_theta": "x"}), "rope_theta"),
-    ("config: sizes of which no tensor can be", config(hidden_size=2**31), "config.json sizes"),
+    ("config: sizes of which no tensor can be", config(hidden_size=2**31), f"{WEIGHTS} shape"),
     ("config: one huge head", config(hidden_size=2**27, num_attention_heads=1,
                                      num_key_value_heads=1), f"{WEIGHTS} shape"),
     ("config: untied", config(tie_word_embeddings=False), f"1 missing {HEAD}"),

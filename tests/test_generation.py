@@ -115,27 +115,14 @@ TWO = torch.tensor([[5, 6, 7], [8, 9, 10]])
 ONES = torch.ones(2, 3, dtype=torch.long)
 AGAIN = torch.tensor([[0, 1, 0], [0, 1, 2]])
 BAD_INPUTS = {
-    "no tensor": ({"input_ids": [[5]]}, "input_ids"), "none": ({"input_ids": None}, "input_ids"),
-    "mask of lists": ({"attention_mask": [[1, 1, 1]] * 2}, "attention_mask"),
-    "positions of bools": ({"position_ids": TWO > 6}, "position_ids"),
     "a row": ({"input_ids": TWO[0]}, "input_ids"),
     "empty": ({"input_ids": TWO[:, :0]}, "input_ids"), "no rows": ({"input_ids": TWO[:0]}, "input"),
     "floats": ({"input_ids": TWO.float()}, "input_ids"), "bools": ({"input_ids": TWO > 6}, "input"),
-    "mask of floats": ({"attention_mask": ONES.float()}, "attention_mask"),
     "mask too short": ({"attention_mask": ONES[:, :2]}, "attention_mask"),
     "mask of a row": ({"attention_mask": ONES[:1]}, "attention_mask"),
     "mask of 4 dimensions": ({"attention_mask": ONES[None, None]}, "attention_mask"),
-    "fewer than no logits": ({"logits_to_keep": -1}, "logits_to_keep"),
-    "positions of floats": ({"position_ids": ONES.float()}, "position_ids"),
-    "positions too many": ({"position_ids": torch.ones(2, 4, dtype=torch.long)}, "position_ids"),
-    "documents and a mask": ({"position_ids": AGAIN, "attention_mask": ONES}, "anew.*_mask"),
-    "documents and a hole": ({"position_ids": AGAIN * 0, "attention_mask": TWO % 3}, "anew.*_mask"),
-    "documents and a cache": ({"position_ids": AGAIN[:1], "cache": KVCache(
-        GraniteMoeConfig.from_dict(CONFIG), 2, 9)}, "anew.*cache"),
 }  # fmt: skip
-BAD_CACHES = {"of one row": {"batch_size": 1}, "too short": {"max_length": 2}, "of another model": {
-    "num_hidden_layers": 3}, "of other heads": {"num_key_value_heads": 4},
-    "of another dtype": {"dtype": torch.bfloat16}}  # fmt: skip
+BAD_CACHES = {"of one row": {"batch_size": 1}, "too short": {"max_length": 2}}
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
@@ -171,7 +158,7 @@ def test_compiled_as_a_whole(model):
             whole = forward(TWO, **inputs)[0]
             assert torch.allclose(whole, model.model(TWO, **inputs)[0], atol=1e-5)
     finally:
-        model.model.config.experts_backend = "runs"
+        model.model.config.experts_backend = "loop"
 
 
 def test_padding_may_have_any_position(model):
@@ -201,12 +188,6 @@ def test_bad_caches(name, model):
     with pytest.raises(ValueError, match="cache"):
         model(TWO, cache=cache)
     assert cache.length == 0
-
-
-@pytest.mark.parametrize("sizes", ((0, 5), (1, 0), (1, -1), (1, 2.5), ("1", 5), (True, 5)))
-def test_bad_cache_sizes(sizes, model):
-    with pytest.raises(ValueError, match="batch_size|max_length"):
-        KVCache(model.config, *sizes)
 
 
 def test_flash_says_what_it_cannot_do(model, tmp_path):

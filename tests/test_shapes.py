@@ -162,6 +162,10 @@ def trace_model(module: ModuleType, attention: str, experts: str, form: str | No
             T = CHUNKS[0]
             shapes.sizes = step_sizes(T, T)
             model(ids[:, :T], labels=ids[:, :T])
+            S, (B, H, G, C) = cache.length, (shapes.sizes[letter] for letter in "BHGC")
+            shapes.sizes = step_sizes(1, S)  # what CUDA does with one query
+            k = torch.randn(B, G, S, C)
+            module.attend_one(torch.randn(B, G, H // G, C), k, k, None, 1.0, 0.0)
             shapes.sizes = step_sizes(1, 1) | {"B": 1, "N": 1, "M": WIDTHS["K"]}
             model(ids[:1, :1])
             shapes.sizes = step_sizes(T, T)
@@ -237,4 +241,4 @@ def test_reading_order():
     """The sections that the header lists are there, in that order."""
     listed = re.search(r"Read in order: (.*?)\.\n", inspect.getdoc(granitemoe), re.DOTALL)[1]
     titles = re.findall(r"^# -{10,} (.*)$", FILE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert titles == re.split(r",\s+", listed) and len(titles) == 6
+    assert titles == re.split(r",\s+", listed) and len(titles) == 7

@@ -188,5 +188,6 @@ def test_streamed_text(name):
         shown = [row.push(i) for i in new]
         several += sum(map(bool, shown)) > 1
         assert "".join(shown) + row.finish() == tok.decode(prompt + new)[len(tok.decode(prompt)) :]
-        assert row.text == tok.decode(prompt + new)[len(tok.decode(prompt)) :] and row.made == new
+        assert row.text == tok.decode(prompt + new)[len(tok.decode(prompt)) :]
+        assert row.made == len(new)
     assert several > 50
