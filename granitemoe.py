@@ -182,7 +182,7 @@ class KVCache:
         self.ids = torch.empty(batch_size, max_length, device=device, dtype=torch.long)
         self.length, self.max_length = 0, max_length
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple:
         """Write a layer's k and v (B, G, T, C) of new tokens; returns all so far (B, G, S, C).
         `length` stays: it grows once all layers have written."""
         end = self.length + k.shape[2]
@@ -344,7 +344,7 @@ def experts_loop(
     return y_ND.to(x_ND.dtype)
 
 
-def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple:
     """Line up the M = N*K assignments by expert.
     Returns order_M (places in the flattened choices), tokens_M (the token of each) and ends_E
     (int32, where each expert's run ends; an expert without tokens has an empty run).
@@ -466,9 +466,10 @@ class MoE(nn.Module):
 
 # ------------------------------------------------------------------------------------------ model
 def initialise(module: nn.Module, std: float) -> None:
-    """Random matrices; norms stay 1."""
+    """Random matrices; norms stay 1. Not on the meta device, where nothing has values: drawing
+    there would import PyTorch's compiler, a second."""
     for parameter in module.parameters():
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and not parameter.is_meta:
             nn.init.normal_(parameter, std=std)
 
 
@@ -512,7 +513,8 @@ class GraniteMoeModel(nn.Module):
     def __init__(self, config: GraniteMoeConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        empty = torch.empty(config.vocab_size, config.hidden_size)  # initialise fills it
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, False, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         initialise(self, config.initializer_range)
@@ -552,15 +554,14 @@ class GraniteMoeModel(nn.Module):
 
 # --------------------------------------------------------------------------------- language model
 def load_balancing_loss(
-    router_logits: tuple[Tensor, ...], top_k: int, attention_mask: Tensor | None = None
+    router_logits: tuple, top_k: int, attention_mask: Tensor | None = None
 ) -> Tensor:
     """E * sum_e (choices of e per token) * (mean probability of e), over all layers' real tokens.
     router_logits: (N, E) a layer; attention_mask: (B, T), 0 for padding. Perfect balance gives
     exactly K (arXiv 2101.03961, eq. 4-6, with the K choices summed)."""
     probs = torch.cat(router_logits).softmax(dim=-1)  # (layers * N, E)
     if attention_mask is not None:
-        real = attention_mask.bool().flatten().repeat(len(router_logits))
-        probs = probs[real]
+        probs = probs[attention_mask.bool().flatten().repeat(len(router_logits))]
     chosen = torch.zeros_like(probs).scatter_(1, probs.topk(top_k, dim=-1).indices, 1.0)
     balance_E = chosen.mean(dim=0) * probs.mean(dim=0)
     return probs.shape[1] * balance_E.sum()
