@@ -4,9 +4,9 @@
                                                 and of these every N-th
 
 A check is a call of require() or of another function that refuses, a raised error, an entry of a
-table whose loop raises, or an `except` of the command. It survives where the tests in TESTS, of which none is
-thorough and which must pass as it is, still pass without it. Prints the score and exits with 1
-where it is below 95 %.
+table whose loop raises, or an `except` of the command. It survives where the tests in TESTS, of
+which none is thorough and which must pass as it is, still pass without it. Prints the score and
+exits with 1 where it is below 95 %.
 """
 
 import ast

@@ -43,7 +43,8 @@ KNOWS = {  # what of ours each file or part may import
     "tiny": {"granitemoe"},
     "tests": {"generate", "granitemoe", "lessons", "test_granitemoe"},
 }
-PART_TESTS = {"checkpoint", "tokenizer", "chat", "command", "fast_cpu", "fast_cuda"}  # know their part
+# tests that may look into files/ and fast/
+PART_TESTS = {"checkpoint", "tokenizer", "chat", "command", "fast_cpu", "fast_cuda"}
 SHARED = {"changes", "fuzz"}
 PUBLIC = ("generate", "load_model")  # whose parameters are the command's options
 TOP = {
