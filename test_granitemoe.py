@@ -296,7 +296,7 @@ def trace(model: nn.Module, ids: Tensor, **inputs: Tensor) -> dict[str, list[Ten
 
 
 def router_logits(seen: dict[str, list[Tensor]]) -> list[Tensor]:
-    """Each layer's, of what trace saw. Some transformers, 5.17 for one, do not return them."""
+    """Each layer's, out of what trace saw: transformers 5.17 does not return them."""
     return [tensors[0] for name, tensors in seen.items() if name.endswith("router")]
 
 
@@ -324,7 +324,7 @@ def assert_parity(ours: nn.Module, theirs: nn.Module, ids: Tensor, **inputs: Ten
 
 
 def need_router_logits(theirs: nn.Module, ids: Tensor) -> None:
-    """Skips the test where transformers returns none, and so has no auxiliary loss: 5.17 does."""
+    """Skips the test where transformers (5.17 is one) returns none: it has no auxiliary loss."""
     with torch.no_grad():
         out = theirs(ids, output_router_logits=True)
     if out.router_logits is None:
@@ -335,7 +335,7 @@ def need_router_logits(theirs: nn.Module, ids: Tensor) -> None:
 
 
 def test_checkpoints_are_stored_as_they_say(pair):
-    """Else a spelling or the shards go untested, in case save_pretrained stops to do as told."""
+    """Should save_pretrained stop doing as told, a spelling or the shards would go untested."""
     kind = pair.folder.name
     stored = []
     for file in pair.folder.glob("*.safetensors"):
@@ -349,8 +349,8 @@ def test_checkpoints_are_stored_as_they_say(pair):
 
 
 def test_checkpoints_can_show_a_fault(pair):
-    """Guards the guards: no block is too weak to matter, and no routing is so close that rounding
-    decides it.
+    """Guards the guards: no block is too weak to matter, and no choice of experts is so close that
+    rounding decides it.
 
     Below 0.3 of the stream a block that is wrong by a hundredth moves the logits by little more
     than rounding in bfloat16 does; above 3 it drowns what the blocks before it did.
@@ -400,7 +400,7 @@ def test_gradients(pair, side):
 
 
 def test_position_ids(one):
-    """Uneven ones; a mask of ones keeps transformers from taking the gaps for packed sequences."""
+    """Uneven ones. The mask of ones keeps transformers from taking gaps for packed sequences."""
     rng = torch.Generator().manual_seed(1)
     steps = torch.randint(1, 5, (B, T), generator=rng)
     inputs = {"position_ids": steps.cumsum(1), "attention_mask": torch.ones_like(steps)}
@@ -449,7 +449,7 @@ def test_packed_rows(pair, where, monkeypatch):
 
 @pytest.mark.parametrize("attention", granitemoe.ATTENTION)
 def test_each_document_is_as_if_alone(one, attention):
-    """In every form of the attention, and its gradients do not reach another document."""
+    """In every form of the attention; and its gradients do not reach another document."""
     model = with_backends(one.ours, attention, "loop")
     ids = random_ids(one.ours.config)
     logits = model(ids, position_ids=packed(PACKED)).logits
@@ -691,7 +691,7 @@ def test_oracle_agrees_with_transformers(pair):
 
 
 class Case(NamedTuple):
-    """A checkpoint and what is said to ids under it."""
+    """A checkpoint, and the answers for it."""
 
     folder: Path
     ids: Tensor
@@ -712,7 +712,7 @@ def judged(pairs) -> list[Case]:
 
 
 def flipped(found: Answer, exact: Answer, K: int) -> Tensor:
-    """(B, T), True for tokens that in some layer went to other experts than the exact ones."""
+    """(B, T), True for tokens that went to other experts than the oracle's in some layer."""
     chosen = found.router.topk(K).indices.sort().values  # (layers, B*T, K)
     right = exact.router.topk(K).indices.sort().values
     wrong = (chosen != right).any(-1).any(0)
@@ -864,6 +864,20 @@ def test_experts_by_hand(form):
     expected = [[-5e4, -2e5, -4.5e5, -5e4], [-9.6e5, -6e4, -2.4e5, -5.4e5]]
     got = form(x, gate_up, down, weights, ids).tolist()
     assert got == expected, (got, expected)
+
+
+def test_the_loop_sums_in_float32():
+    """Three equal experts that weigh 256, 1 and -256 are one that weighs 1. A sum in bfloat16 would
+    round 257 to 256, and lose it."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(T, 16, generator=rng).bfloat16()
+    gate_up = torch.randn(1, 20, 16, generator=rng).bfloat16().expand(3, 20, 16)
+    down = torch.randn(1, 16, 10, generator=rng).bfloat16().expand(3, 16, 10)
+    ids = torch.arange(3).expand(T, 3)
+    weights = torch.tensor([256.0, 1.0, -256.0]).bfloat16().expand(T, 3)
+    three = granitemoe.experts_loop(x, gate_up, down, weights, ids)
+    single = granitemoe.experts_loop(x, gate_up, down, weights[:, 1:2], ids[:, 1:2])
+    assert torch.equal(three, single)
 
 
 def test_ties_in_the_router(one):
