@@ -938,9 +938,16 @@ def test_hooks_are_not_compiled(where, kind, folder):
     """C would not call them."""
     model = GraniteMoeForCausalLM(build(3).config).eval()  # with a head of its own
     hook = getattr(model.get_submodule(where), f"register_{kind}")(lambda *_: None)
-    refused(model, f"compiled steps: call no modules; '{where}' has a forward hook$")
+    refused(model, f"compiled steps: call no hooks; '{where}' has a forward hook$")
     hook.remove()
     assert len(collect(model, [[5]], 2, compiled=True)) == 2
+
+
+def test_dropout_is_not_compiled(folder):
+    model = generate.load_model(folder).train()
+    assert collect(model, [[5]], 2, compiled=True) == collect(model, [[5]], 2)
+    model.config.attention_dropout = 0.5
+    refused(model, "compiled steps: have no dropout")
 
 
 def test_caches_that_are_not_compiled(folder):
