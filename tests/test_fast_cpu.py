@@ -913,7 +913,7 @@ def test_what_c_cannot_run(folder):
     ("attention", "eager"), ("attention", "flash"), ("attention", "mine"),
     ("experts", "grouped"), ("experts", "gathered"), ("experts", "mine"),
 ))  # fmt: skip
-def test_forms_that_are_asked_for_are_not_compiled(table, name, folder, monkeypatch):
+def test_named_forms_are_not_compiled(table, name, folder, monkeypatch):
     """Of another name than "auto" may mean: the compiled steps would not be them."""
     monkeypatch.setitem(granitemoe.ATTENTION, "mine", granitemoe.attend_eager)
     monkeypatch.setitem(granitemoe.EXPERTS, "mine", granitemoe.experts_loop)

@@ -218,6 +218,8 @@ def test_what_a_captured_step_looks_at(monkeypatch):
     assert [first, *steps] == ids_of(model, [PROMPTS[0]], 140, False, cache=caches[1], **GREEDY)
     assert [room for room, _ in itertools.groupby(rooms)] == [64, 128, 150]
     assert [what for what, _ in asked].count("capture") == 3
+    next(generate.generate(model, [[5]], 9, compiled=True))  # a prompt of one token is a prompt
+    assert [what for what, _ in asked].count("capture") == 3
     found = [cuda.bucket(n, 200) for n in (1, 64, 65, 128, 129, 256, 999)]
     assert found == [64, 64, 128, 128, 200, 200, 200]
 
@@ -512,18 +514,15 @@ def test_attention_is_asked_for_as_kernels_take_it(queries, keys, masked, dtype)
 
 @pytest.mark.parametrize("queries", (7, 3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_grouped_heads_stay_on_a_cpu(queries, dtype):
+def test_grouped_heads_stay_on_a_cpu(queries, dtype, monkeypatch):
     """Where PyTorch's kernel takes them with a mask, too: nothing is repeated."""
     q, k = torch.randn(1, 6, queries, 8, dtype=dtype), torch.randn(1, 3, 7, 8, dtype=dtype)
-    with OnCuda() as mode:
-        pass
     asked, sdpa = [], F.scaled_dot_product_attention
-    with pytest.MonkeyPatch.context() as patch:
-        note = lambda *args, **options: asked.append((args, options)) or sdpa(*args, **options)  # noqa: E731
-        patch.setattr(F, "scaled_dot_product_attention", note)
-        granitemoe.attend_sdpa(q, k, k, torch.ones(queries, 7, dtype=torch.bool), 1.0, 0.0)
+    note = lambda *args, **options: asked.append((args, options)) or sdpa(*args, **options)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    granitemoe.attend_sdpa(q, k, k, torch.ones(queries, 7, dtype=torch.bool), 1.0, 0.0)
     ((args, options),) = asked
-    assert args[1] is k and options["enable_gqa"] and not mode.asked
+    assert args[1] is k and options["enable_gqa"]
 
 
 @pytest.mark.parametrize("masked", (False, True))
@@ -575,14 +574,18 @@ def test_the_plain_default_on_cuda(prompts, padded, dtype, monkeypatch):
 @pytest.mark.parametrize("sampling", (GREEDY, SAMPLING), ids=("greedy", "sampled"))
 @pytest.mark.parametrize("rows", (1, 9))
 @pytest.mark.parametrize("padded", (False, True))
-def test_the_plain_default_reads_once_a_step(rows, padded, sampling):
+@pytest.mark.parametrize("compiled", (False, True), ids=("plain", "captured"))
+def test_a_step_reads_from_the_card_once(compiled, rows, padded, sampling, monkeypatch):
     """The ids, and whether their logits were finite. Where the grouped product is a kernel, that
     is: with "auto", which is "batched" there."""
+    stand_in(monkeypatch, Recorder, lambda recorder: recorder)
+    monkeypatch.setattr(cuda, "grouped_kernel", lambda *_: True)
     model = make_model("cpu").bfloat16()
     model.config.experts_backend = "auto"
     prompts = [[5] * (1 + row * padded) + [6, 7 + row] for row in range(rows)]
     with OnCuda() as mode:
-        steps = generate.generate(model, prompts, 9, seed=0, eos_token_ids=(), **sampling)
+        options = {"seed": 0, "eos_token_ids": (), "compiled": compiled, **sampling}
+        steps = generate.generate(model, prompts, 9, **options)
         for _ in range(4):
             next(steps)
             mode.waited.clear()
