@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from granitemoe import GraniteMoeForCausalLM, KVCache
+from granitemoe import GraniteMoeForCausalLM, KVCache, auto_experts
 
 Step = Callable[[Tensor], Tensor]
 
@@ -29,8 +29,28 @@ def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Step:
     return part.step(model, cache, pads)
 
 
+def check(model: GraniteMoeForCausalLM, cache: KVCache) -> None:
+    """What both parts ask for. Raises ValueError where the steps would not be this model's, or not
+    fit this cache."""
+    c, weight = model.config, model.model.norm.weight
+    compiled = ("auto", "batched", auto_experts(weight.device))
+    if c.attention_backend != "sdpa" or c.experts_backend not in compiled:
+        forms = f"{c.attention_backend!a:.40} and {c.experts_backend!a:.40}"
+        raise ValueError(f"compiled steps: have forms of their own; {forms} were asked for")
+    if model.training and c.attention_dropout:
+        raise ValueError("compiled steps: have no dropout; call model.eval() before")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"compiled steps: call no hooks; {name!a:.60} has a forward hook")
+    expected = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, weight.dtype, weight.device)
+    L, _, G, _, C = cache.keys.shape
+    got = (L, G, C, cache.keys.dtype, cache.keys.device)
+    if got != expected:
+        raise ValueError(f"cache: (layers, G, C, dtype, device) must be {expected}, is {got}")
+
+
 def description(model: GraniteMoeForCausalLM) -> str:
-    """How the steps of a model run, in words. Raises ValueError as step does."""
+    """How the steps of a model run, in words, if step takes it."""
     weight = model.model.norm.weight
     if weight.device.type == "cuda":
         return "captured as one graph"

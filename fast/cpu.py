@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fast import check
 from granitemoe import (
     Attention,
     GraniteMoeConfig,
@@ -346,27 +347,12 @@ def read_prompt(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, ids:
 
 
 # ------------------------------------------------------------------------------------------- both
-def check(model: GraniteMoeForCausalLM, cache: KVCache) -> None:
-    """Raises ValueError unless the C texts compute this model, on this cache."""
-    c, weight = model.config, model.model.norm.weight
+def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
+    """See fast.step. The first step of a process builds the C texts, in a second or two."""
+    weight = model.model.norm.weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         what = f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}"
         raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
-    if c.attention_backend != "sdpa" or c.experts_backend not in ("auto", "batched", "loop"):
-        forms = f"{c.attention_backend!a:.40} and {c.experts_backend!a:.40}"
-        raise ValueError(f"compiled steps: have forms of their own; {forms} were asked for")
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"compiled steps: call no modules; {name!a:.60} has a forward hook")
-    expected = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, weight.dtype, weight.device)
-    L, _, G, _, C = cache.keys.shape
-    got = (L, G, C, cache.keys.dtype, cache.keys.device)
-    if got != expected:
-        raise ValueError(f"cache: (layers, G, C, dtype, device) must be {expected}, is {got}")
-
-
-def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
-    """See fast.step. The first step of a process builds the C texts, in a second or two."""
     check(model, cache)
     one_token, last_pad = token_step(model, cache, pads), int(pads.max())
 

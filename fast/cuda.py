@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fast import check
 from granitemoe import (
     DecoderLayer,
     GraniteMoeForCausalLM,
@@ -67,7 +68,8 @@ def token_layer(
     v = attention.v_proj(h).view(len(x), -1, 1, c.head_dim)
     k = keys.index_copy_(2, at, rotate(k, *rope))[:, :, : mask.shape[3]]
     v = values.index_copy_(2, at, v)[:, :, : mask.shape[3]]
-    y = attend_one(rotate(q, *rope), k, v, mask, c.attention_multiplier, 0.0)
+    rows = rotate(q, *rope).view(len(x), c.num_key_value_heads, -1, c.head_dim)
+    y = attend_one(rows, k, v, mask, c.attention_multiplier, 0.0)
     x = x + attention.o_proj(y.reshape(x.shape)) * layer.residual_multiplier
     h_ND = layer.post_attention_layernorm(x)[:, 0]
     _, weights_NK, expert_ids_NK = moe.router(h_ND)
@@ -166,17 +168,9 @@ def captured(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Call
 
 
 # ------------------------------------------------------------------------------------------- both
-def check(model: GraniteMoeForCausalLM) -> None:
-    """Raises ValueError for forms that were asked for."""
-    c = model.config
-    if c.attention_backend != "sdpa" or c.experts_backend not in ("auto", "batched"):
-        forms = f"{c.attention_backend!a:.40} and {c.experts_backend!a:.40}"
-        raise ValueError(f"compiled steps: have forms of their own; {forms} were asked for")
-
-
 def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
     """See fast.step. Prompts run as in granitemoe.py."""
-    check(model)
+    check(model, cache)
     one_token, last_pad = captured(model, cache, pads), int(pads.max())
     slots = torch.arange(cache.max_length, device=pads.device)
     mask = slots >= pads

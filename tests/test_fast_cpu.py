@@ -1,4 +1,4 @@
-"""The forms that a CPU runs sooner, against the definitions; what "auto" names; what is in C."""
+"""What "auto" names and what runs; the model in C on a CPU, against granitemoe.py."""
 
 import gc
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,13 @@ import torch.nn.functional as F
 from conftest import ROOT, TESTS, audited, collect, needs_compiler, representing
 from torch import Tensor
 
+import fast
 import generate
 import granitemoe
-from fast import cpu, prompt
+from fast import cpu
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 from test_granitemoe import (
     CHECKPOINTS,
-    GRADIENTS,
-    LOGITS,
     PROMPTS,
     consult,
     fill,
@@ -33,53 +33,6 @@ from test_granitemoe import (
 
 pytestmark = needs_compiler
 WORDS = {"model_type": "granitemoe"}
-
-
-# ------------------------------------------------------------------------------------ the forms
-
-
-@pytest.mark.parametrize("masked", (False, True))
-@pytest.mark.parametrize("T, past", ((1, 5), (2, 0), (64, 0), (65, 3), (150, 70)))
-def test_attention_in_blocks(T, past, masked):
-    """Equals the definition, with the gradients, for a whole block, a part of one, and padding."""
-    G, S, rng = 3, past + T, torch.Generator().manual_seed(0)
-    shapes = ((2, 2 * G, T, 8), (2, G, S, 8), (2, G, S, 8), (2, 2 * G, T, 8))
-    *leaves, upstream = (torch.randn(x, generator=rng) for x in shapes)
-    for leaf in leaves:
-        leaf.requires_grad_()
-    mask = None
-    if masked:  # the second row ends in padding
-        seen = torch.tensor([[1] * S, [1] * (S - S // 3) + [0] * (S // 3)])
-        mask = granitemoe.visible(torch.arange(past, S), seen)
-    blocks = cpu.attend_blocks(*leaves, mask, 0.3, 0.0)
-    eager = granitemoe.attend_eager(*leaves, mask, 0.3, 0.0)
-    both = [(y, *torch.autograd.grad(y, leaves, upstream)) for y in (blocks, eager)]
-    for ours, exact in zip(*both, strict=True):
-        assert relative(ours, exact) <= LOGITS
-
-
-def test_blocks_drop_as_much_as_asked():
-    q, k = torch.zeros(1, 1, 200, 4), torch.zeros(1, 1, 200, 4)
-    torch.manual_seed(0)
-    y = cpu.attend_blocks(q, k, torch.ones(1, 1, 200, 4), None, 1.0, 0.5)
-    assert (y[0, 0, 0] == 0).all() or (y[0, 0, 0] == 2).all()  # one key: dropped, or made up for
-    assert 0.9 < y.mean() < 1.1 and y.std() > 0.01
-
-
-@pytest.mark.parametrize("rows", (1, 2, 64, 65, 80, 90))
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_runs_of_any_length(rows, dtype):
-    """All tokens on one expert: runs that are filled up to sixteens, and runs that are not."""
-    rng, E, D, width = torch.Generator().manual_seed(rows), 3, 24, 10
-    shapes = ((rows, D), (E, 2 * width, D), (E, D, width), (rows, 1))
-    leaves = [torch.randn(n, generator=rng).to(dtype).requires_grad_() for n in shapes]
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    ids = torch.ones(rows, 1, dtype=torch.long)
-    found, exact = cpu.experts_runs(*leaves, ids), granitemoe.experts_loop(*wide, ids)
-    bound = 2e-2 if dtype == torch.bfloat16 else GRADIENTS
-    grads = [torch.autograd.grad(y.sum(), x) for y, x in ((found, leaves), (exact, wide))]
-    for ours, theirs in zip((found, *grads[0]), (exact, *grads[1]), strict=True):
-        assert ours.dtype == dtype and relative(ours, theirs) <= bound
 
 
 # ------------------------------------------------------------------------ what runs is what is said
@@ -96,38 +49,33 @@ def called(monkeypatch) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("dtype, forms", (
-    ("bfloat16", {"blocks", "runs"}), ("float32", {"sdpa", "runs"}), ("float16", {"sdpa", "runs"}),
-))  # fmt: skip
-def test_auto_names_what_runs(dtype, forms, called, folder):
-    model = generate.load_model(folder, dtype=dtype)
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32", "float16"))
+def test_auto_names_what_runs(dtype, called, folder):
+    model, forms = generate.load_model(folder, dtype=dtype), {"sdpa", "loop"}
     assert {model.config.attention_backend, model.config.experts_backend} == forms
     collect(model, [[5, 6, 7], [8]], 3)
     assert called == forms
 
 
-@pytest.mark.parametrize("attention", ("eager", "sdpa", "flash", "blocks"))
+@pytest.mark.parametrize("attention", ("eager", "sdpa", "flash"))
 @pytest.mark.parametrize("experts, forms", (
-    ("loop", {"loop"}), ("runs", {"runs"}), ("grouped", {"grouped"}), ("gathered", {"gathered"}),
+    ("loop", {"loop"}), ("grouped", {"grouped"}), ("gathered", {"gathered"}),
     ("batched", {"grouped", "gathered"}),  # a prompt, and a step of one token
 ))  # fmt: skip
 def test_what_is_asked_for_runs(attention, experts, forms, called, folder):
     """And nothing else: no fallback, in bfloat16 on a CPU as elsewhere."""
     how = {"attention_backend": attention, "experts_backend": experts}
     collect(generate.load_model(folder, dtype="bfloat16", **how), [[5, 6, 7]], 3)
-    if attention == "blocks":  # leaves one query to the other, by a call and not by its name
-        called.discard("sdpa")
     assert called == {attention} | forms
 
 
-def test_what_is_asked_for_takes_compiled_prompts(called, folder):
-    """Steps of one token are in C all the same."""
-    asked = {"attention_backend": "eager", "experts_backend": "loop"}
-    for how, forms in ((asked, {"eager", "loop"}), ({}, {"prompt"})):
-        model = generate.load_model(folder, **how)
-        called.clear()  # of a trial
-        collect(model, [[5, 6, 7]], 3, compiled=True)
-        assert called == forms
+def test_compiled_runs_are_in_c_alone(called, folder):
+    """Prompts and steps, padded or not: no form of the open tables runs beside it."""
+    model = generate.load_model(folder)
+    called.clear()  # of a trial
+    for prompts in ([[5, 6, 7]], PROMPTS):
+        collect(model, prompts, 3, compiled=True)
+    assert not called
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
@@ -140,7 +88,7 @@ def test_sdpa_is_scaled_dot_product_attention(dtype, folder, monkeypatch):
         F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0]) or sdpa(*a, **k)
     )
     monkeypatch.setattr(granitemoe, "attend_eager", None)
-    monkeypatch.setattr(torch, "baddbmm", None)
+    monkeypatch.setattr(granitemoe, "attend_one", None)
     monkeypatch.setattr(generate, "PREFILL_TOKENS", 6)
     collect(model, [[5, 6, 7, 8, 9], [8]], 4)
     pieces, steps, layers = 2, 3, model.config.num_hidden_layers
@@ -154,16 +102,23 @@ def test_a_form_that_cannot_run_is_named(folder, monkeypatch):
         raise RuntimeError("No available kernel. Aborting execution.")
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", fail)
-    monkeypatch.setattr(generate.checkpoint, "read_tensors", None)
+    monkeypatch.setattr(generate.checkpoint, "read", None)
     with pytest.raises(ValueError, match="'flash' cannot run on cpu in torch.float16"):
         generate.load_model(folder, dtype="float16", attention_backend="flash")
     monkeypatch.undo()
     q = torch.zeros(1, 2, 3, 8, device="meta")
     with pytest.raises(ValueError, match="'flash' cannot run on meta in torch.float32"):
         granitemoe.attend_flash(q, q, q, None, 1.0, 0.0)
-    model = generate.load_model(folder, experts_backend="grouped").double()
-    with pytest.raises(ValueError, match="'grouped' cannot run on cpu in torch.float64"):
-        model(torch.tensor([[5, 6]]))
+
+
+@torch.no_grad()
+def test_grouped_runs_where_there_is_no_grouped_product(folder, monkeypatch):
+    """In float64, which it lacks: as one product a run."""
+    model = generate.load_model(folder).double()
+    exact = model(ids := torch.tensor([[5, 6, 7, 8]])).logits
+    monkeypatch.setattr(F, "grouped_mm", None)
+    model.config.experts_backend = "grouped"
+    assert relative(model(ids).logits, exact) <= 1e-12
 
 
 def test_flash_leaves_the_process_its_kernels():
@@ -192,7 +147,7 @@ def test_an_own_form(folder):
         assert collect(mine, PROMPTS, 5) == collect(generate.load_model(folder), PROMPTS, 5)
     finally:
         del granitemoe.EXPERTS["mine"]
-    with pytest.raises(ValueError, match="experts_backend: must be one of .*'loop'.*got 'mine'"):
+    with pytest.raises(ValueError, match="experts_backend: must be in .*'loop'.*got 'mine'"):
         generate.load_model(folder, experts_backend="mine")
 
 
@@ -227,22 +182,29 @@ def random_rows(model: GraniteMoeForCausalLM, rows: int, length: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (rows, length), generator=rng)
 
 
+def no_pads(rows: int) -> Tensor:
+    return torch.zeros(rows, 1, dtype=torch.long)
+
+
+def empty_cache(model: GraniteMoeForCausalLM, rows: int, room: int) -> KVCache:
+    """In which nothing may be read that was not written."""
+    cache = KVCache(model.config, rows, room, dtype=model.model.norm.weight.dtype)
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    return cache
+
+
 @torch.inference_mode()
 def both(model: GraniteMoeForCausalLM, ids: Tensor, first: int, pads: Tensor | None = None):
     """Logits (B, steps, V) of the C step and of the plain one for ids (B, T), which fill the cache,
     after a prompt of the `first`."""
     B, T = ids.shape
-    pads = torch.zeros(B, 1, dtype=torch.long) if pads is None else pads
-    found, keep = [], lambda logits, _: logits
-    for make in (cpu.token_step, generate.plain_step):
-        cache = KVCache(model.config, B, T, dtype=model.model.norm.weight.dtype)
-        (
-            cache.keys.fill_(torch.nan),
-            cache.values.fill_(torch.nan),
-        )  # what is not written is not read
-        generate.plain_step(model, cache, pads, keep)(ids[:, :first], None)
-        step = make(model, cache, pads, keep)
-        found.append(torch.stack([step(ids[:, t, None], None) for t in range(first, T)], 1))
+    pads, found = no_pads(B) if pads is None else pads, []
+    for make in (cpu.step, generate.plain_step):
+        cache = empty_cache(model, B, T)
+        generate.plain_step(model, cache, pads)(ids[:, :first])
+        step = make(model, cache, pads)
+        found.append(torch.stack([step(ids[:, t, None]) for t in range(first, T)], 1))
         assert torch.equal(cache.ids, ids) and cache.length == T
     return found
 
@@ -279,17 +241,16 @@ def test_c_after_many_tokens():
 
 
 def test_steps_alternate_on_one_cache():
-    model, keep = build(3), lambda logits, _: logits
-    ids, pads = random_rows(model, 2, 12), torch.zeros(2, 1, dtype=torch.long)
-    cache = KVCache(model.config, 2, 12)
+    model = build(3)
+    ids, cache = random_rows(model, 2, 12), KVCache(model.config, 2, 12)
     with torch.inference_mode():
-        steps = [make(model, cache, pads, keep) for make in (cpu.token_step, generate.plain_step)]
-        found = [steps[t % 2](ids[:, t, None], None) for t in range(12)]
+        steps = [make(model, cache, no_pads(2)) for make in (cpu.step, generate.plain_step)]
+        found = [steps[t % 2](ids[:, t, None]) for t in range(12)]
         assert relative(torch.stack(found, 1), model(ids).logits) <= 1e-5
         with pytest.raises(ValueError, match="cache: 13 tokens do not fit in 12"):
-            steps[0](ids[:, :1], None)
+            steps[0](ids[:, :1])
         cache.length = 7  # a conversation goes back
-        again = torch.stack([steps[t % 2](ids[:, t, None], None) for t in range(7, 12)], 1)
+        again = torch.stack([steps[t % 2](ids[:, t, None]) for t in range(7, 12)], 1)
         assert relative(again, torch.stack(found[7:], 1)) <= 1e-5
 
 
@@ -376,6 +337,17 @@ ATTENTION_FAULTS = {
     "no past": ("seen = S - T + t + 1", "seen = t + 1"),
     "rows of the first batch": ("((head / a->H * T", "((0 * T"),
 }
+PADS_FAULTS = {
+    "padding is seen": ("first <= s && s", "s"),
+    "the first token is not seen": ("first <= s &&", "first < s &&"),
+    "padding of another row": ("first = a->pads[head / a->H]", "first = a->pads[0]"),
+    "padding of a head": ("first = a->pads[head / a->H]", "first = a->pads[head % a->B]"),
+    "values not advanced": ("(key_head * blocks + begin)", "(key_head * blocks)"),
+    "keys not advanced": ("Int s = begin * KEYS;", "Int s = 0;"),
+    "first slot as of the first keys": ("(scores, M, first - s,", "(scores, M, first,"),
+    "no zeros for padding": ("seen + j > first ? narrow(y[c][j]) : 0", "narrow(y[c][j])"),
+    "zeros for the first token": ("seen + j > first ?", "seen + j > first + 1 ?"),
+}
 
 
 @pytest.fixture
@@ -433,12 +405,12 @@ def test_prompts_in_c(N, sizes):
     for last in (-99.0, 99.0):  # nobody's, and everybody's
         given = routed(N, torch.float32, sizes, last)
         exact = granitemoe.experts_loop(*[x.double() for x in given[:4]], given[4])
-        assert relative(prompt.experts_prompt(*given).double(), exact) <= 1e-5
+        assert relative(cpu.experts_in_c(*given).double(), exact) <= 1e-5
         given = routed(N, torch.bfloat16, sizes, last)
         exact = granitemoe.experts_loop(*[x.double() for x in given[:4]], given[4])
         ours, eager = (
             (form(*given).double() - exact).norm()
-            for form in (prompt.experts_prompt, granitemoe.experts_loop)
+            for form in (cpu.experts_in_c, granitemoe.experts_loop)
         )
         assert ours <= 1.1 * eager
 
@@ -451,33 +423,72 @@ def test_faults_in_prompts_are_found(fault, fresh, tmp_path, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):  # each row is odd: its tail matters in the second
         given = routed(900, dtype, (71, 67, 3, 2))
         exact = granitemoe.experts_loop(*given)
-        found.append(not relative(prompt.experts_prompt(*given), exact) <= 0.02)
+        found.append(not relative(cpu.experts_in_c(*given), exact) <= 0.02)
     assert any(found)
     assert all(found) or "tail" in fault
 
 
-def queries(T: int, past: int, C: int, dtype: torch.dtype, heads: int = 3) -> list[Tensor]:
-    """q, k and v of two rows, two query heads to a key head; scores that differ."""
+def queries(
+    T: int, past: int, C: int, dtype: torch.dtype, heads: int = 3, rows: int = 2
+) -> list[Tensor]:
+    """q, k and v of some rows, two query heads to a key head; scores that differ."""
     rng, S = torch.Generator().manual_seed(T), past + T
-    shapes = ((2, 2 * heads, T, C), (2, heads, S, C), (2, heads, S, C))
+    shapes = ((rows, 2 * heads, T, C), (rows, heads, S, C), (rows, heads, S, C))
     return [torch.randn(shape, generator=rng).to(dtype) for shape in shapes]
 
 
+def attend(form, q: Tensor, k: Tensor, v: Tensor, scale: float, pads: Tensor | None = None):
+    """By C's attention or by one of granitemoe.py's."""
+    pads = no_pads(len(q)) if pads is None else pads
+    slots = torch.arange(k.shape[2])
+    if form is cpu.attend_in_c:
+        return form(q, k, v, pads, scale)
+    mask = granitemoe.visible(slots[-q.shape[2] :], slots >= pads)
+    return form(q, k, v, mask, scale, 0.0)
+
+
+LENGTHS = (
+    (1, 0), (1, 200), (2, 0), (15, 1), (16, 80), (17, 0), (33, 96), (95, 0), (96, 0), (97, 100),
+    (300, 7),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("C", (2, 5, 10, 64, 72))
-@pytest.mark.parametrize("T, past", (
-    (2, 0), (15, 1), (16, 80), (17, 0), (33, 96), (95, 0), (96, 0), (97, 100), (300, 7),
-))  # fmt: skip
+@pytest.mark.parametrize("T, past", LENGTHS)
 @torch.no_grad()
 def test_attention_of_prompts_in_c(T, past, C):
     """Any number of queries, of blocks of keys and of registers."""
     for dtype in (torch.float32, torch.bfloat16):
         given = queries(T, past, C, dtype)
-        exact = granitemoe.attend_eager(*[x.double() for x in given], None, 0.4, 0.0)
+        exact = attend(granitemoe.attend_eager, *[x.double() for x in given], 0.4)
         ours, eager = (
-            relative(form(*given, None, 0.4, 0.0).double(), exact)
-            for form in (prompt.attend_prompt, granitemoe.attend_eager)
+            relative(attend(form, *given, 0.4).double(), exact)
+            for form in (cpu.attend_in_c, granitemoe.attend_eager)
         )
         assert ours <= (1e-5 if dtype == torch.float32 else 1.1 * eager)
+
+
+@pytest.mark.parametrize("C", (5, 64))
+@pytest.mark.parametrize("T, past", LENGTHS)
+@torch.no_grad()
+def test_attention_of_padded_prompts_in_c(T, past, C):
+    """From any first slot on, before, in and after the piece's own and at the bounds of a block of
+    keys; queries of padding get zeros. What padding holds is not seen."""
+    S = past + T
+    firsts = sorted({n for n in (0, 1, past, past + T // 2, S - 1, S, 95, 96, 97, 192) if n <= S})
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = queries(T, past, C, dtype, rows=len(firsts))
+        pads = torch.tensor(firsts)[:, None]
+        padding = torch.arange(S) < pads  # (B, S)
+        k[padding[:, None].expand(k.shape[:3])] = 30.0
+        v[padding[:, None].expand(v.shape[:3])] = 1e4
+        real = ~padding[:, None, past:, None]
+        exact = attend(granitemoe.attend_eager, q.double(), k.double(), v.double(), 0.4, pads)
+        ours = attend(cpu.attend_in_c, q, k, v, 0.4, pads)
+        eager = attend(granitemoe.attend_eager, q, k, v, 0.4, pads)
+        assert not (ours * ~real).any() and torch.isfinite(ours).all()
+        error, theirs = (((x - exact) * real).norm() / (exact * real).norm() for x in (ours, eager))
+        assert error <= (1e-5 if dtype == torch.float32 else 1.1 * theirs)
 
 
 @pytest.mark.parametrize("fault", representing(ATTENTION_FAULTS, "sums as before"))
@@ -485,73 +496,113 @@ def test_attention_of_prompts_in_c(T, past, C):
 def test_faults_in_attention_are_found(fault, fresh, tmp_path, monkeypatch):
     plant(*ATTENTION_FAULTS[fault], tmp_path, monkeypatch)
     given = queries(200, 50, 10, torch.float32)
-    exact = granitemoe.attend_eager(*given, None, 0.4, 0.0)
-    assert not relative(prompt.attend_prompt(*given, None, 0.4, 0.0), exact) <= 1e-3
+    exact = attend(granitemoe.attend_eager, *given, 0.4)
+    assert not relative(attend(cpu.attend_in_c, *given, 0.4), exact) <= 1e-3
+
+
+@pytest.mark.parametrize("fault", representing(PADS_FAULTS, "values not advanced"))
+@torch.no_grad()
+def test_faults_in_padding_are_found(fault, fresh, tmp_path, monkeypatch):
+    """By the test above, which passes without one."""
+    plant(*PADS_FAULTS[fault], tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        for T, past in ((97, 100), (300, 7)):
+            test_attention_of_padded_prompts_in_c(T, past, 5)
+
+
+# ------------------------------------------------------------------------------ prompts of a model
+
+
+@torch.inference_mode()
+def read(make, model: GraniteMoeForCausalLM, ids: Tensor, pads: Tensor, pieces: list[int]) -> tuple:
+    """The logits after each piece, and the cache, of ids read in pieces."""
+    cache, found = empty_cache(model, *ids.shape), []
+    step = make(model, cache, pads)
+    for piece in ids.split(pieces, dim=1):
+        found.append(step(piece).clone())
+    assert torch.equal(cache.ids, ids) and cache.length == ids.shape[1]
+    return torch.stack(found), cache
+
+
+def compare_prompts(model, ids, pads, pieces, bound=1e-5) -> None:
+    """Logits of rows that have begun, and what the cache holds of tokens. Of padding it holds
+    finite numbers; logits of padding are finite."""
+    ours, cache = read(cpu.step, model, ids, pads, pieces)
+    plain, expected = read(generate.plain_step, model, ids, pads, pieces)
+    begun = (torch.tensor(pieces).cumsum(0)[:, None] > pads.T)[..., None]  # (pieces, B, 1)
+    assert relative(ours * begun, plain * begun) <= bound
+    assert torch.isfinite(ours).all() and ours.dtype == torch.float32
+    tokens = (torch.arange(ids.shape[1]) >= pads)[:, None, :, None]  # (B, 1, S, 1)
+    for held, exact in ((cache.keys, expected.keys), (cache.values, expected.values)):
+        assert relative(held * tokens, exact * tokens) <= bound and torch.isfinite(held).all()
+
+
+PIECES = ([31], [10, 21], [30, 1], [1] * 31, [7, 1, 1, 13, 9])
+
+
+@pytest.mark.parametrize("padded", (False, True), ids=("whole", "padded"))
+@pytest.mark.parametrize("pieces", PIECES, ids=str)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prompts_in_c_equal_plain_ones(seed, pieces, padded):
+    """Whole and in pieces, some of which are padding alone for a row, or one token long while a
+    row is still padding."""
+    model = build(seed)
+    pads = torch.tensor([[0], [30], [12], [8], [1]]) if padded else no_pads(5)
+    compare_prompts(model, random_rows(model, 5, 31), pads, pieces)
+
+
+@pytest.mark.parametrize("rows", (1, 6))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_in_c_take_any_shape(shape, rows):
+    model = build(4, **SHAPES[shape])
+    pads = torch.arange(rows)[:, None] * 3
+    compare_prompts(model, random_rows(model, rows, 23), pads, [17, 6])
+
+
+def test_prompts_in_c_of_many_tokens():
+    """More than one block of keys and run of an expert; padding ends within a block."""
+    model, pads = build(2), torch.tensor([[100], [0], [310]])
+    compare_prompts(model, random_rows(model, 3, 420), pads, [300, 120])
+
+
+def test_prompts_in_c_of_heads_too_large_for_a_stack(monkeypatch):
+    """Whose attention is left to PyTorch."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 2 * 514}
+    monkeypatch.setattr(cpu, "AttentionInC", None)
+    model = build(4, **sizes, num_hidden_layers=1)
+    compare_prompts(model, random_rows(model, 3, 9), torch.tensor([[0], [5], [2]]), [4, 5])
+
+
+def test_prompts_in_c_in_bfloat16():
+    """To the float64 oracle at most 1.1 x the plain prompt's error; see test_c_in_bfloat16."""
+    squares = torch.zeros(2)
+    for seed in SEEDS * 3:
+        E = random_config(seed)["num_local_experts"]
+        model = build(seed, torch.bfloat16, num_experts_per_tok=E)
+        ids = random_rows(model, 24, 12)
+        exact = consult(model, ids)[0]
+        for i, make in enumerate((cpu.step, generate.plain_step)):
+            ours, _ = read(make, model, ids, no_pads(24), [2, 3, 7])
+            squares[i] += relative(ours, exact[:, [1, 4, 11]].transpose(0, 1)) ** 2
+    ours, plain = squares.sqrt()
+    assert ours <= 1.1 * plain
 
 
 def test_prompts_of_compiled_rows(folder, monkeypatch):
-    """Go through C in every layer, but attention to padded ones; the model stays as it was, and so
-    do its ids."""
+    """Go through C in every layer, padded ones too; ids are those of the plain prompts."""
     model, calls = generate.load_model(folder), []
-    for table in (granitemoe.EXPERTS, granitemoe.ATTENTION):
-        spy = lambda *given, form=table["prompt"]: calls.append(given[0].shape) or form(*given)  # noqa: E731
-        monkeypatch.setitem(table, "prompt", spy)
+    for form in (cpu.attend_in_c, cpu.experts_in_c):
+        spy = lambda *given, form=form: calls.append(given[0].shape) or form(*given)  # noqa: E731
+        monkeypatch.setattr(cpu, form.__name__, spy)
     c = model.config
-    for prompts, blocks in ((PROMPTS, True), ([[5, 6, 7], [8, 9, 10]], False)):
+    for prompts in (PROMPTS, [[5, 6, 7], [8, 9, 10]]):
         plain = collect(model, prompts, 4)
         assert not calls
-        with monkeypatch.context() as patch:
-            if not blocks:
-                patch.setattr(cpu, "attend_blocks", None)
-            assert collect(model, prompts, 4, compiled=True) == plain
+        assert collect(model, prompts, 4, compiled=True) == plain
         B, T = len(prompts), max(map(len, prompts))
         layer = [(B, c.num_attention_heads, T, c.head_dim), (B * T, c.hidden_size)]
         assert calls == layer * c.num_hidden_layers
         calls.clear()
-    assert "prompt" not in (c.experts_backend, c.attention_backend)
-    twin = prompt.for_prompts(model)
-    assert {id(x) for x in twin.parameters()} == {id(x) for x in model.parameters()}
-
-
-def test_what_hangs_on_a_model_stays_with_compiled_prompts(folder):
-    """Hooks of an object's own methods are called, and what cannot be copied is no obstacle."""
-
-    class Count:
-        calls, lock = 0, threading.Lock()
-
-        def hook(self, *_):
-            self.calls += 1
-
-    model, count = generate.load_model(folder), Count()
-    model.model.layers[1].self_attn.register_forward_hook(count.hook)
-    model.note = count.lock
-    assert collect(model, PROMPTS, 1, compiled=True) == collect(model, PROMPTS, 1)
-    assert count.calls == 2
-
-
-def test_what_is_not_left_to_prompts_in_c(fresh, monkeypatch):
-    """Gradients, dropout, a single query and heads too large for a stack; other dtypes are said."""
-    monkeypatch.setattr(cpu, "compile_step", None)
-    for C, T, drop, grad in ((8, 5, 0.0, True), (8, 5, 0.5, False), (8, 1, 0.0, False),
-                             (4096, 5, 0.0, False)):  # fmt: skip
-        given = [x.requires_grad_(grad) for x in queries(T, 3, C, torch.float32)]
-        with torch.set_grad_enabled(grad):
-            torch.manual_seed(0)
-            ours = prompt.attend_prompt(*given, None, 0.1, drop)
-            torch.manual_seed(0)
-            assert torch.equal(ours, cpu.attend_blocks(*given, None, 0.1, drop))
-        assert ours.requires_grad == grad
-    q, *kv = queries(5, 3, 8, torch.bfloat16)
-    with pytest.raises(RuntimeError, match="BFloat16"):  # PyTorch's own
-        prompt.attend_prompt(q, *[x.float() for x in kv], None, 1.0, 0.0)
-    given = [x.requires_grad_(x.is_floating_point()) for x in routed(5, torch.float32, SIZES[0])]
-    assert prompt.experts_prompt(*given).requires_grad
-    for form, given in (
-        (prompt.attend_prompt, (*queries(5, 3, 8, torch.float16), None, 1.0, 0.0)),
-        (prompt.experts_prompt, routed(5, torch.float64, SIZES[0])),
-    ):
-        with pytest.raises(ValueError, match="compiled steps: need CUDA, or a CPU and bfloat16"):
-            form(*given)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -562,17 +613,17 @@ def test_extremes_of_prompts_in_c(dtype):
     q = q.abs()
     for low in (-torch.inf, -3e38):
         k[:, :, :96] = low
-        ours, eager = (f(q, k, v, None, 1.0, 0.0) for f in (prompt.attend_prompt, eager_exact))
+        ours, eager = (attend(f, q, k, v, 1.0) for f in (cpu.attend_in_c, eager_exact))
         assert relative(ours, eager) <= (1e-5 if dtype == torch.float32 else 0.01)
     q, k, v = queries(40, 0, 8, dtype)
     v[:, :, 39] = 1e38
-    ours, eager = (f(q, k, v, None, 1.0, 0.0) for f in (prompt.attend_prompt, eager_exact))
+    ours, eager = (attend(f, q, k, v, 1.0) for f in (cpu.attend_in_c, eager_exact))
     assert relative(ours[:, :, :39], eager[:, :, :39]) <= (1e-5 if dtype == torch.float32 else 0.01)
     one = torch.ones(1, 1, dtype=dtype)
     for gate, up in ((-1e38, 1.0), (-200.0, 1e36), (-100.0, 1e37)):
         gate_up = torch.tensor([[[gate, 0.0], [0.0, up]]], dtype=dtype)
-        x, down, ids = one.expand(1, 2), one.expand(1, 2, 1), torch.zeros(1, 1, dtype=torch.long)
-        assert prompt.experts_prompt(x, gate_up, down, one, ids).abs().max() <= 1e-5
+        x, down, ids = one.repeat(1, 2), one.repeat(1, 2, 1), torch.zeros(1, 1, dtype=torch.long)
+        assert cpu.experts_in_c(x, gate_up, down, one, ids).abs().max() <= 1e-5
 
 
 def eager_exact(q: Tensor, k: Tensor, v: Tensor, *more) -> Tensor:
@@ -581,7 +632,7 @@ def eager_exact(q: Tensor, k: Tensor, v: Tensor, *more) -> Tensor:
 
 SANITIZED = """
 import torch, test_fast_cpu
-from fast import cpu, prompt
+from fast import cpu
 cpu.FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]
 torch.set_num_threads(2), torch.set_grad_enabled(False)
 for dtype in (torch.float32, torch.bfloat16):
@@ -593,10 +644,12 @@ for dtype in (torch.float32, torch.bfloat16):
     for sizes in test_fast_cpu.SIZES:
         for tokens in (1, 17, 600):
             given = test_fast_cpu.routed(tokens, dtype, sizes)
-            assert torch.isfinite(prompt.experts_prompt(*given)).all()
-    for sizes in ((2, 0, 2), (33, 70, 10), (100, 0, 66)):
+            assert torch.isfinite(cpu.experts_in_c(*given)).all()
+    for sizes in ((1, 0, 2), (2, 0, 2), (33, 70, 10), (100, 0, 66), (210, 3, 5)):
         given = test_fast_cpu.queries(*sizes, dtype)
-        assert torch.isfinite(prompt.attend_prompt(*given, None, 1.0, 0.0)).all()
+        for first in (0, 1, 96, 150, 213):  # beyond the last slot, too: all padding
+            pads = torch.tensor([[0], [first]])
+            assert torch.isfinite(cpu.attend_in_c(*given, pads, 1.0)).all()
 print("clean")
 """
 
@@ -641,6 +694,45 @@ def test_c_step_in_generate(folder):
 
 
 SAMPLED = {"temperature": 1.3, "top_k": 40, "seed": 3}
+PENALTY = {"repetition_penalty": 1.7}
+OPTIONS = {
+    "greedy": {}, "penalty": PENALTY, "temperature": {"temperature": 1.3},
+    "top_k": {"temperature": 1.3, "top_k": 5}, "top_p": {"temperature": 1.3, "top_p": 0.8},
+    "min_p": {"temperature": 1.3, "min_p": 0.05},
+    "all": {"temperature": 1.1, "top_k": 40, "top_p": 0.9, "min_p": 0.02} | PENALTY,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompts", (PROMPTS, [[5]], [[9] * 40, [3]]), ids=("four", "one", "far"))
+@pytest.mark.parametrize("option", OPTIONS)
+def test_compiled_ids_are_the_plain_ones(option, prompts, folder, monkeypatch):
+    """Prompts in pieces too, of which one row may have none of some."""
+    model, how = generate.load_model(folder), {"seed": 11, "eos_token_ids": (), **OPTIONS[option]}
+    plain = collect(model, prompts, 24, **how)
+    assert len(plain) == 24 and (option == "greedy" or len({row[0] for row in plain}) > 3)
+    for tokens in (generate.PREFILL_TOKENS, 6, 1):
+        monkeypatch.setattr(generate, "PREFILL_TOKENS", tokens)
+        assert collect(model, prompts, 24, compiled=True, **how) == plain
+
+
+@pytest.mark.parametrize("how", ({}, SAMPLED), ids=("greedy", "sampled"))
+def test_compiled_turns_on_one_cache(how, folder):
+    """A conversation, of which a turn is taken back; the other kind of step may go on with it."""
+    model = generate.load_model(folder)
+    caches = [KVCache(model.config, 1, 60) for _ in range(3)]
+    for turn, prompt in enumerate(([5, 6, 7], [8], [9, 10, 11, 12], [13, 14])):
+        compiled = (False, True, turn % 2 == 0)
+        found = [
+            collect(model, [prompt], 7, cache=cache, compiled=c, eos_token_ids=(), **how)
+            for cache, c in zip(caches, compiled, strict=True)
+        ]
+        assert found[0] == found[1] == found[2] and len(found[0]) == 7
+        length = caches[0].length
+        held = [cache.ids[0, : cache.length].tolist() for cache in caches]
+        assert held[0] == held[1] == held[2]
+        assert relative(caches[1].keys[..., :length, :], caches[0].keys[..., :length, :]) <= 1e-5
+        for cache in caches:
+            cache.length -= 2 * (turn == 1)
 
 
 def test_c_follows_the_number_of_threads(folder):
@@ -691,18 +783,18 @@ def test_two_models_at_once(folder):
 
 def test_a_model_may_go_before_its_step():
     """The step keeps the weights for as long as it is kept, and no longer."""
-    model, keep = build(2), lambda logits, _: logits
-    cache, pads = KVCache(model.config, 1, 9), torch.zeros(1, 1, dtype=torch.long)
+    model = build(2)
+    cache = KVCache(model.config, 1, 9)
     weight = weakref.ref(model.model.layers[1].block_sparse_moe.input_linear)
     ids = random_rows(model, 1, 4)
     with torch.inference_mode():
         exact = model(ids).logits[:, -1]
-        step = cpu.token_step(model, cache, pads, keep)
+        step = cpu.token_step(model, cache, no_pads(1))
         del model
         gc.collect()
         assert weight() is None
         noise = [torch.full((1000,), torch.nan) for _ in range(1000)]
-        logits = [step(ids[:, t, None], None) for t in range(4)][-1]
+        logits = [step(ids[:, t, None]) for t in range(4)][-1]
     assert relative(logits, exact) <= 1e-5 and noise
 
 
@@ -769,7 +861,7 @@ def test_what_a_compiler_lacks(lacks, form, fresh, folder, tmp_path, monkeypatch
     monkeypatch.setenv("CC", script(tmp_path, text))
     model = generate.load_model(folder)
     assert collect(model, PROMPTS, 5, compiled=True) == collect(model, PROMPTS, 5)
-    assert re.fullmatch(f", compiled prompts and steps: {form}", cpu.remark(model, 1))
+    assert re.fullmatch(form, fast.description(model))
 
 
 def test_an_openmp_that_cannot_be_loaded(fresh, folder, tmp_path, monkeypatch):
@@ -779,27 +871,34 @@ def test_an_openmp_that_cannot_be_loaded(fresh, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", script(tmp_path, text))
     model = generate.load_model(folder)
     assert collect(model, PROMPTS, 5, compiled=True) == collect(model, PROMPTS, 5)
-    assert "no OpenMP" in cpu.remark(model, 1)
+    assert "no OpenMP" in fast.description(model)
 
 
 def test_what_compiling_would_bring(folder, monkeypatch):
     """Said of a large model where there is a compiler, and of no other."""
     model = generate.load_model(folder)
-    assert cpu.remark(model, 0) == ""
+    assert not fast.pays(model)
     monkeypatch.setattr(GraniteMoeForCausalLM, "num_parameters", lambda self: 2e8)
-    assert re.fullmatch(r"; --compile decodes .* as fast", cpu.remark(model, 0))
-    assert cpu.remark(model.half(), 0) == ""
+    assert fast.pays(model)
+    assert not fast.pays(model.half())
     monkeypatch.setenv("CC", "there-is-none")
-    assert cpu.remark(model.float(), 0) == ""
+    assert not fast.pays(model.float())
+
+
+def refused(model: GraniteMoeForCausalLM, words: str, cache: KVCache | None = None) -> None:
+    """One ValueError of one line, by generate, before anything is written or yielded."""
+    with pytest.raises(ValueError, match=f"^{words}") as error:
+        collect(model, [[5]], 2, compiled=True, cache=cache)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 170
+    assert cache is None or not cache.length
 
 
 def test_what_c_cannot_run(folder):
-    with pytest.raises(ValueError, match="compiled steps: .*bfloat16 or float32; got cpu, float16"):
-        collect(generate.load_model(folder, dtype="float16"), [[5]], 2, compiled=True)
+    half = generate.load_model(folder, dtype="float16")
+    refused(half, "compiled steps: .*bfloat16 or float32; got cpu, float16")
     model = generate.load_model(folder)
     model.model.layers[0].self_attn.q_proj.register_parameter("lora", model.model.norm.weight)
-    with pytest.raises(ValueError, match="compiled steps: take Granite's own layers; .*lora"):
-        collect(model, [[5]], 2, compiled=True)
+    refused(model, "compiled steps: take Granite's own layers; .*lora")
     model = generate.load_model(folder)
     model.model.norm.weight.data = model.model.norm.weight.data.bfloat16()
     with pytest.raises(ValueError, match="compiled steps: need weights of one dtype"):
@@ -807,8 +906,60 @@ def test_what_c_cannot_run(folder):
     model = generate.load_model(folder)
     q_proj = model.model.layers[0].self_attn.q_proj.weight
     q_proj.data = q_proj.data.T
-    with pytest.raises(ValueError, match="compiled steps: need contiguous weights"):
-        cpu.weights_of(model)
+    refused(model, "compiled steps: need contiguous weights")
+
+
+@pytest.mark.parametrize("table, name", (
+    ("attention", "eager"), ("attention", "flash"), ("attention", "mine"),
+    ("experts", "grouped"), ("experts", "gathered"), ("experts", "mine"),
+))  # fmt: skip
+def test_named_forms_are_not_compiled(table, name, folder, monkeypatch):
+    """Of another name than "auto" may mean: the compiled steps would not be them."""
+    monkeypatch.setitem(granitemoe.ATTENTION, "mine", granitemoe.attend_eager)
+    monkeypatch.setitem(granitemoe.EXPERTS, "mine", granitemoe.experts_loop)
+    model = generate.load_model(folder, **{f"{table}_backend": name})
+    refused(model, f"compiled steps: have forms of their own; .*'{name}'.* were asked for$")
+
+
+@pytest.mark.parametrize("experts", ("auto", "loop", "batched"))
+def test_forms_that_are_compiled(experts, folder):
+    """What "auto" means here and on a GPU."""
+    plain = collect(generate.load_model(folder), PROMPTS, 5)
+    model = generate.load_model(folder, attention_backend="sdpa", experts_backend=experts)
+    assert collect(model, PROMPTS, 5, compiled=True) == plain
+
+
+@pytest.mark.parametrize("kind", ("forward_hook", "forward_pre_hook"))
+@pytest.mark.parametrize("where", (
+    "", "lm_head", "model", "model.embed_tokens", "model.layers.1",
+    "model.layers.0.self_attn.q_proj", "model.layers.1.block_sparse_moe.input_linear",
+))  # fmt: skip
+def test_hooks_are_not_compiled(where, kind, folder):
+    """C would not call them."""
+    model = GraniteMoeForCausalLM(build(3).config).eval()  # with a head of its own
+    hook = getattr(model.get_submodule(where), f"register_{kind}")(lambda *_: None)
+    refused(model, f"compiled steps: call no hooks; '{where}' has a forward hook$")
+    hook.remove()
+    assert len(collect(model, [[5]], 2, compiled=True)) == 2
+
+
+def test_dropout_is_not_compiled(folder):
+    model = generate.load_model(folder).train()
+    assert collect(model, [[5]], 2, compiled=True) == collect(model, [[5]], 2)
+    model.config.attention_dropout = 0.5
+    refused(model, "compiled steps: have no dropout")
+
+
+def test_caches_that_are_not_compiled(folder):
+    """Of another dtype or of another model: C takes its sizes from the config."""
+    model = generate.load_model(folder)
+    words = r"cache: \(layers, G, C, dtype, device\) must be \(2, 2, 8, torch.float32, .*, is "
+    refused(model, words, KVCache(model.config, 1, 9, dtype=torch.bfloat16))
+    refused(model, words, KVCache(model.config, 1, 9, dtype=torch.float64))
+    with pytest.raises(ValueError, match=words):
+        cpu.step(model, KVCache(model.config, 1, 9, device="meta"), no_pads(1))
+    for change in ({"num_hidden_layers": 3}, {"num_key_value_heads": 4}, {"hidden_size": 64}):
+        refused(model, words, KVCache(replace(model.config, **change), 1, 9))
 
 
 def test_c_texts_are_short():

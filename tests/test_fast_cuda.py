@@ -1,27 +1,30 @@
-"""The fast forms on a GPU: attention, experts, and the token step, captured as one CUDA graph.
+"""What a GPU runs: the plain model's calls there, and the token step, captured as one CUDA graph.
 
 Where there is no GPU a recorder stands in for the graph. It keeps every operator of the captured
 step and on replay runs them again on the same tensors, into the same results, and no Python. So it
 shows on any machine what capturing can get wrong: a length, a position or an id that is frozen at
 its first value, and a host that looks at a value in the middle of a step. Cards of other kinds are
-stood in for by what they say of themselves; tests that only a card can run come last.
+stood in for by what they say of themselves, and for the plain model a mode in which tensors of the
+CPU say that they are on CUDA; tests that only a card can run come last.
 """
 
 import contextlib
-import functools
 import gc
 import itertools
+import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import fast
 import generate
 import granitemoe
 from fast import cpu, cuda
@@ -105,15 +108,10 @@ def device(request, monkeypatch) -> str:
     return "cpu" if request.param == "recorded" else "cuda"
 
 
-@pytest.fixture(params=("captured", "compiled"))
-def door(request, device, monkeypatch) -> str:
-    """What compiled=True opens. A recorder is a dispatch mode, which no compiler takes: without a
-    card the compiled step runs as it is written."""
-    step = cuda.capture if request.param == "captured" else cuda.token_step
-    monkeypatch.setattr(cpu, "token_step", step)
-    monkeypatch.setattr(cuda, "token_step", step)
-    if device == "cpu":
-        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+@pytest.fixture
+def door(device, monkeypatch) -> str:
+    """compiled=True opens that to CUDA on each device."""
+    monkeypatch.setattr(cpu, "step", cuda.step)
     return device
 
 
@@ -121,7 +119,7 @@ def make_model(device: str, **changes) -> GraniteMoeForCausalLM:
     """One whose blocks matter, with the forms that a GPU runs by default."""
     data = random_config(2) | {"model_type": "granitemoe"} | changes
     config = GraniteMoeConfig.from_dict(data)
-    config.attention_backend, config.experts_backend = "fused", "batched"
+    config.attention_backend, config.experts_backend = "sdpa", "batched"
     model = GraniteMoeForCausalLM(config).eval()
     fill(model, 2)
     return model.to(device)
@@ -179,7 +177,7 @@ def test_a_conversation_goes_on_after_a_captured_reply(door):
 
 
 def test_captured_step_stops_at_what_is_not_finite(door):
-    """Inside the graph nothing can be raised; the step's ids carry the news."""
+    """Inside the graph nothing can be raised; the step's logits carry the news."""
     model = make_model(door)
     steps = generate.generate(model, [[1, 2]], 9, compiled=True)
     next(steps), next(steps)
@@ -191,8 +189,8 @@ def test_captured_step_stops_at_what_is_not_finite(door):
 
 def test_what_a_captured_step_looks_at(monkeypatch):
     """64 slots of the cache, then twice as many where they are full, and at last all; a graph is
-    captured for each, none before the first token is out, and not beside the one before it. cuDNN
-    is out. Slots never written may hold anything."""
+    captured for each, none before the first token is out, and not beside the one before it.
+    Nothing asks SDPA. Slots never written may hold anything."""
     graphs, rooms, logits = weakref.WeakSet(), [], cuda.token_logits
 
     class Seen(Recorder):
@@ -201,13 +199,14 @@ def test_what_a_captured_step_looks_at(monkeypatch):
             graphs.add(self)
 
     def spy(*args):
-        assert rooms[-1:] == [args[4]] or not graphs
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        rooms.append(args[4])
-        return logits(*args)
+        assert rooms[-1:] == [args[3]] or not graphs
+        rooms.append(args[3])
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", None)
+            return logits(*args)
 
     asked = stand_in(monkeypatch, Seen, lambda recorder: recorder)
-    monkeypatch.setattr(cpu, "token_step", cuda.capture)
+    monkeypatch.setattr(cpu, "step", cuda.step)
     monkeypatch.setattr(cuda, "token_logits", spy)
     model = make_model("cpu", max_position_embeddings=400)
     caches = [KVCache(model.config, 1, 150) for _ in range(2)]
@@ -219,6 +218,8 @@ def test_what_a_captured_step_looks_at(monkeypatch):
     assert [first, *steps] == ids_of(model, [PROMPTS[0]], 140, False, cache=caches[1], **GREEDY)
     assert [room for room, _ in itertools.groupby(rooms)] == [64, 128, 150]
     assert [what for what, _ in asked].count("capture") == 3
+    next(generate.generate(model, [[5]], 9, compiled=True))  # a prompt of one token is a prompt
+    assert [what for what, _ in asked].count("capture") == 3
     found = [cuda.bucket(n, 200) for n in (1, 64, 65, 128, 129, 256, 999)]
     assert found == [64, 64, 128, 128, 200, 200, 200]
 
@@ -227,7 +228,7 @@ def test_a_stream_for_each_living_graph_on_the_models_card(monkeypatch):
     """Its own, for warming up, capturing and replaying, and again for the next reply when it goes;
     on the card that the model is on, whichever is current."""
     asked = stand_in(monkeypatch, Recorder, lambda recorder: recorder)
-    monkeypatch.setattr(cpu, "token_step", cuda.capture)
+    monkeypatch.setattr(cpu, "step", cuda.step)
     model, here = make_model("cpu"), torch.device("cpu")
     for _ in range(3):
         ids_of(model, [[1, 2, 3]], 5)
@@ -251,9 +252,9 @@ def test_a_graph_keeps_what_it_reads(monkeypatch):
     given: list[weakref.ref] = []
     logits = cuda.token_logits
 
-    def spy(model, run, cache, at, room, ids, pads):
+    def spy(model, cache, at, room, ids, pads):
         given.extend(map(weakref.ref, (cache.keys, cache.ids, at, ids, pads)))
-        return logits(model, run, cache, at, room, ids, pads)
+        return logits(model, cache, at, room, ids, pads)
 
     class Graph:  # unlike the recorder, it holds nothing
         def replay(self) -> None:
@@ -263,25 +264,19 @@ def test_a_graph_keeps_what_it_reads(monkeypatch):
     monkeypatch.setattr(cuda, "token_logits", spy)
     model = make_model("cpu")
     cache, pads = KVCache(model.config, 2, 8), torch.tensor([[0], [2]])
-    seen = torch.ones(2, 3)
-    given.append(weakref.ref(seen))
     with torch.inference_mode():
-        step = cuda.capture(model, cache, pads, functools.partial(pick, seen=seen))
-        step(torch.ones(2, 1, dtype=torch.long), torch.zeros(2, 1))
-    del seen, pads, cache
+        step = cuda.step(model, cache, pads)
+        step(torch.ones(2, 3, dtype=torch.long)), step(torch.ones(2, 1, dtype=torch.long))
+    del pads, cache
     gc.collect()
-    assert len(given) >= 11 and all(ref() is not None for ref in given)
+    assert len(given) >= 10 and all(ref() is not None for ref in given)
     assert callable(step)
-
-
-def pick(logits, _, seen):
-    return logits.argmax(-1) * seen[:, 0].long()
 
 
 def test_memory_stays_flat_over_replies(monkeypatch):
     """What a reply leaves behind: no graph, no cache, no tensor."""
     stand_in(monkeypatch, Recorder, lambda recorder: recorder)
-    monkeypatch.setattr(cpu, "token_step", cuda.capture)
+    monkeypatch.setattr(cpu, "step", cuda.step)
     model, alive = make_model("cpu"), []
     cache = KVCache(model.config, 1, 64)
     gc.collect()
@@ -295,94 +290,57 @@ def test_memory_stays_flat_over_replies(monkeypatch):
     assert len(set(alive[1:])) == 1, alive
 
 
-# ----------------------------------------------------------------------------------- compiling
-
-
-def compile_by(monkeypatch, backend) -> None:
-    """A compiler other than the one that needs a card; graphs then hold nothing and run nothing."""
-
-    class Graph:
-        def replay(self) -> None:
-            """Nothing runs."""
-
-    stand_in(monkeypatch, Graph, lambda graph: contextlib.nullcontext())
-    torch.compiler.reset()
-    monkeypatch.setattr(cuda, "OPTIONS", None)
-    monkeypatch.setattr(cpu, "token_step", cuda.token_step)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-
-
-def test_one_compiled_layer_serves_all(monkeypatch):
-    """One graph for one row and one for many: not one a layer, a length, a capacity or a prompt."""
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compile_by(monkeypatch, backend)
-    model = make_model("cpu", num_hidden_layers=9, max_position_embeddings=400).bfloat16()
-    for count, rows in enumerate((1, 4), 1):
-        for prompt, new in (([1, 2, 3], 7), ([1], 7), ([5] * 70, 9), ([5] * 100, 40), ([5], 300)):
-            ids_of(model, [prompt] * rows, new)
-            assert len(graphs) == count, (rows, len(prompt), new)
-
-
-@pytest.mark.parametrize("rows, known", ((1, (0, 0, 0, 1)), (3, (80, 80, 80, 1))))
-def test_strides_of_a_steps_mask(rows, known):
-    """Of one row, aligned whatever the length: of a symbol Inductor cannot know it, and would copy
-    the mask in each layer. Of more, whole 16 numbers."""
-    model, seen = make_model("cpu"), []
-    cache = KVCache(model.config, rows, 70)
-    at, ids = torch.zeros(1, dtype=torch.long), torch.zeros(rows, 1, dtype=torch.long)
-    for filled in (cache.keys, cache.values):
-        filled.zero_()
-
-    def run(layer, x, rope, mask, past):
-        seen.append(mask.stride())
-        return cuda.token_layer(layer, x, rope, mask, past, "pieces")
-
+@pytest.mark.parametrize("pieces", ([9, 1, 1, 1, 1], [1] * 13, [3, 1, 6, 1, 1, 1]), ids=str)
+def test_pieces_of_padded_prompts(device, pieces):
+    """One token a row is a captured step only where all rows have begun, and none on an empty
+    cache: rows of padding see nothing, which a mask cannot say without NaN."""
+    model, pads = make_model(device), torch.tensor([[0], [7], [4], [2]], device=device)
+    ids, found = random_ids(model.config, 4).repeat(1, 2)[:, :13].to(device), []
     with torch.inference_mode():
-        logits = cuda.token_logits(model, run, cache, at, 64, ids, ids)
-        assert relative(logits, model(ids).logits[:, 0]) <= LOGITS
-    assert seen == [known] * model.config.num_hidden_layers
+        for make in (cuda.step, generate.plain_step):
+            cache = KVCache(model.config, 4, 13, device=device)
+            step, logits = make(model, cache, pads), []
+            for piece in ids.split(pieces, dim=1):
+                logits.append(step(piece).clone())
+            assert torch.equal(cache.ids, ids) and cache.length == 13
+            found += [torch.stack(logits), cache.keys, cache.values]
+    begun = (torch.tensor(pieces).cumsum(0)[:, None] > pads.cpu().T)[..., None].to(device)
+    assert relative(found[0] * begun, found[3] * begun) <= LOGITS
+    tokens = (torch.arange(13, device=device) >= pads)[:, None, :, None]
+    for ours, exact in ((found[1], found[4]), (found[2], found[5])):
+        assert relative(ours * tokens, exact * tokens) <= LOGITS
+    assert all(torch.isfinite(x).all() for x in found)
 
 
 @pytest.mark.parametrize("rows", (1, 9))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("fast", (False, True), ids=("any card", "Hopper"))
-def test_the_layer_compiles_whole(rows, dtype, fast, monkeypatch):
-    """In any dtype, for few assignments and for more than there are experts: no break, and the
-    numbers of the eager layer."""
-    found, grouped = [], fast and dtype == torch.bfloat16
+@pytest.mark.parametrize("fast_card", (False, True), ids=("any card", "Hopper"))
+def test_a_captured_step_in_any_dtype(rows, dtype, fast_card, monkeypatch):
+    """For few assignments and for more than there are experts: the numbers of the plain model."""
+    grouped = fast_card and dtype == torch.bfloat16
     monkeypatch.setattr(cuda, "grouped_kernel", lambda *_: grouped)
-    compile_by(monkeypatch, "aot_eager")
+    stand_in(monkeypatch, Recorder, lambda recorder: recorder)
     model = make_model("cpu").to(dtype)
-    assert cuda.step_form(model, rows) == ("grouped" if grouped and rows > 1 else "summed")
+    form = cuda.experts_grouped if grouped and rows > 1 else cuda.experts_pieces
+    assert cuda.pick_experts(model, rows) is form
     cache = KVCache(model.config, rows, 64, dtype=dtype)
     ids = torch.randint(90, (rows, 6), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         exact = model(ids).logits[:, -1].float()
         model(ids[:, :5], cache=cache)
-        note = lambda logits, _: found.append(logits) or logits.argmax(-1)  # noqa: E731
-        step = cuda.token_step(model, cache, torch.zeros(rows, 1, dtype=torch.long), note)
-        step(ids[:, 5:], torch.zeros(rows, 1))
-        assert cache.length == 6
-    assert relative(found[-1], exact) <= (LOGITS if dtype == torch.float32 else 5e-2)
+        found = cuda.step(model, cache, torch.zeros(rows, 1, dtype=torch.long))(ids[:, 5:])
+    assert cache.length == 6 and found.dtype == torch.float32
+    assert relative(found, exact) <= (LOGITS if dtype == torch.float32 else 5e-2)
 
 
-def test_a_compiler_or_a_card_that_fails(monkeypatch):
+def test_a_card_that_fails(door, monkeypatch):
     def fail(*_) -> None:
-        raise RuntimeError("no compiler\nis there")
+        raise RuntimeError("no kernel\nis there")
 
-    compile_by(monkeypatch, "eager")
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
-    with pytest.raises(ValueError, match="compiling or capturing failed: no compiler$"):
-        ids_of(make_model("cpu"), [[5]], 3)
-    monkeypatch.setattr(cuda, "token_logits", lambda *_: 1 / 0)
-    monkeypatch.setattr(cpu, "token_step", cuda.capture)
-    with pytest.raises(ValueError, match="compiling or capturing failed: division by zero$"):
-        ids_of(make_model("cpu"), [[5]], 3)
+    for function, words in ((fail, "no kernel"), (lambda *_: 1 / 0, "division by zero")):
+        monkeypatch.setattr(cuda, "token_logits", function)
+        with pytest.raises(ValueError, match=f"compiling or capturing failed: {words}$"):
+            ids_of(make_model(door), [[5]], 3)
 
 
 def test_where_no_step_is_compiled():
@@ -390,17 +348,80 @@ def test_where_no_step_is_compiled():
     model = make_model("meta")
     cache = KVCache(model.config, 1, 4, device="meta")
     with pytest.raises(ValueError, match="^compiled steps: need CUDA, or a CPU and .* got meta"):
-        cpu.token_step(model, cache, torch.zeros(1, 1, device="meta"), None)
+        fast.step(model, cache, torch.zeros(1, 1, device="meta"))
 
 
-def test_flash_has_no_captured_step():
+@pytest.mark.parametrize("attention, experts", (
+    ("flash", "batched"), ("eager", "auto"), ("sdpa", "grouped"), ("sdpa", "gathered"),
+    ("sdpa", "loop"),
+))  # fmt: skip
+def test_forms_that_have_no_captured_step(attention, experts):
+    """Of another name than "auto" may mean: the captured steps would not be them."""
     model = make_model("cpu")
-    model.config.attention_backend = "flash"
-    with pytest.raises(ValueError, match="attention_backend: .*'flash' .* use 'sdpa'"):
-        cuda.token_step(model, None, torch.zeros(1, 1), None)
+    model.config.attention_backend, model.config.experts_backend = attention, experts
+    words = f"^compiled steps: have forms of their own; '{attention}' and '{experts}' were"
+    with OnCuda(), pytest.raises(ValueError, match=words):
+        fast.step(model, KVCache(model.config, 1, 4), torch.zeros(1, 1, dtype=torch.long))
 
 
-# ----------------------------------------------------------------------------------- the forms
+def test_what_has_no_captured_step():
+    """A replay calls no hooks, and a graph writes into the cache as it is."""
+    model, pads = make_model("cpu"), torch.zeros(1, 1, dtype=torch.long)
+    cache = KVCache(model.config, 1, 4, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="^cache: .* must be .*float32, .*, is .*bfloat16"):
+        cuda.step(model, cache, pads)
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="^compiled steps: call no hooks; .*q_proj'"):
+        cuda.step(model, KVCache(model.config, 1, 4), pads)
+
+
+def test_a_full_cache_is_said(door):
+    model = make_model(door)
+    cache, pads = KVCache(model.config, 1, 4, device=door), torch.zeros(1, 1, dtype=torch.long)
+    step, ids = cuda.step(model, cache, pads.to(door)), torch.ones(1, 3, dtype=torch.long)
+    ids = ids.to(door)
+    with torch.inference_mode():
+        step(ids), step(ids[:, :1])
+        for more in (ids, ids[:, :1]):
+            with pytest.raises(ValueError, match=r"^cache: \d tokens do not fit in 4$"):
+                step(more)
+    assert cache.length == 4
+
+
+# ----------------------------------------------------------------------- what the plain model asks
+
+
+class OnCuda(TorchFunctionMode):
+    """In here tensors say that they are on CUDA, and are made on the CPU all the same. Keeps what
+    SDPA is asked for, and the names of calls by which a host waits for a card."""
+
+    WAITING = {
+        "tolist", "item", "numpy", "cpu", "nonzero", "unique", "masked_select", "__bool__",
+        "__int__", "__float__", "__index__", "__contains__",
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple] = []
+        self.waited: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func == torch.Tensor.device.__get__:
+            return torch.device("cuda")
+        args = [torch.device("cpu") if isinstance(x, torch.device) else x for x in args]
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        if func is F.scaled_dot_product_attention:
+            self.asked.append((args, kwargs))
+        if func.__name__ in ("__getitem__", "__setitem__"):  # bool: it counts what is True
+            places = args[1] if isinstance(args[1], tuple) else args[1:2]
+            if any(torch.is_tensor(x) and x.dtype == torch.bool for x in places):
+                self.waited.append(func.__name__)
+        if func.__name__ in self.WAITING or (func is torch.where and len(args) == 1):
+            self.waited.append(func.__name__)
+        return func(*args, **kwargs)
+
 
 CARDS = {  # what a card says of itself, and whether PyTorch's grouped product is a kernel there
     "A100": ((8, 0), False), "4090": ((8, 9), False), "H100": ((9, 0), True),
@@ -411,7 +432,7 @@ CARDS = {  # what a card says of itself, and whether PyTorch's grouped product i
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.bfloat16), ids=str)
 def test_the_form_of_a_captured_step(card, dtype, monkeypatch):
-    """More assignments than experts: grouped where that never synchronises, else in pieces."""
+    """More assignments than experts: grouped where that never waits for the host, else pieces."""
     capability, fast = CARDS[card]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     weight = SimpleNamespace(device=torch.device("cuda:1"), dtype=dtype)
@@ -420,25 +441,31 @@ def test_the_form_of_a_captured_step(card, dtype, monkeypatch):
     grouped = fast and dtype == torch.bfloat16
     assert cuda.grouped_kernel(weight.device, dtype) == grouped
     for rows in (1, 4):
-        assert [cuda.step_form(model, rows, x) for x in (True, False)] == ["summed", "pieces"]
-    wide = ["grouped", "grouped"] if grouped else ["summed", "pieces"]
-    assert [cuda.step_form(model, 5, x) for x in (True, False)] == wide
+        assert cuda.pick_experts(model, rows) is cuda.experts_pieces
+    wide = cuda.experts_grouped if grouped else cuda.experts_pieces
+    assert cuda.pick_experts(model, 5) is wide
 
 
 def test_what_batched_means_on_each_device():
-    """A grouped product that is missing is not named; PyTorch 2.11 has none on MPS."""
+    """Of "auto", the loop but on CUDA. MPS has no grouped product: one a run there."""
     names = ("cpu", "cuda", "mps")
-    few, many = (
-        [granitemoe.choose_experts("batched", torch.device(name), M, 32) for name in names]
-        for M in (32, 33)
+    few, many, auto = (
+        [granitemoe.choose_experts(backend, torch.device(name), M, 32) for name in names]
+        for backend, M in (("batched", 32), ("batched", 33), ("auto", 33))
     )
-    assert few == ["gathered"] * 3 and many == ["grouped", "grouped", "loop"]
+    assert few == ["gathered"] * 3 and many == ["grouped"] * 3
+    assert auto == ["loop", "grouped", "loop"]
+    weights = torch.zeros(2, 16, 16)
+    for name, takes in zip(names, (True, True, False), strict=True):
+        rows = SimpleNamespace(
+            device=torch.device(name), dtype=torch.float32, element_size=lambda: 4
+        )
+        assert granitemoe.takes_grouped_mm(rows, weights) == takes
 
 
-@pytest.mark.parametrize("name", ("pieces", "summed"))
 @pytest.mark.parametrize("rows", (1, 2, 3, 11))
-def test_expert_forms_of_a_captured_step(name, rows, monkeypatch):
-    """The loop's numbers and gradients; of `pieces`, no more experts gathered than there are."""
+def test_expert_forms_of_a_captured_step(rows, monkeypatch):
+    """The loop's numbers and gradients; no more experts gathered than there are."""
     E, K, D, width, rng = 5, 2, 12, 7, torch.Generator().manual_seed(rows)
     shapes = ((rows, D), (E, 2 * width, D), (E, D, width), (rows, K))
     leaves = [torch.randn(shape, generator=rng).requires_grad_() for shape in shapes]
@@ -446,22 +473,22 @@ def test_expert_forms_of_a_captured_step(name, rows, monkeypatch):
     sizes, gathered = [], granitemoe.experts_gathered
     spy = lambda *args: sizes.append(args[4].numel()) or gathered(*args)  # noqa: E731
     monkeypatch.setattr(cuda, "experts_gathered", spy)
-    found, exact = granitemoe.EXPERTS[name](*leaves, ids), granitemoe.experts_loop(*leaves, ids)
+    found, exact = cuda.experts_pieces(*leaves, ids), granitemoe.experts_loop(*leaves, ids)
     assert relative(found, exact) <= LOGITS and found.shape == exact.shape
     both = [torch.autograd.grad(y.sum(), leaves) for y in (found, exact)]
     assert max(map(relative, *both)) <= GRADIENTS
-    assert name == "summed" or (max(sizes) <= E and sum(sizes) == rows * K)
+    assert max(sizes) <= E and sum(sizes) == rows * K
 
 
 ATTENDED = ((1, 5, False), (1, 5, True), (7, 7, False), (7, 7, True), (3, 9, False), (3, 9, True))
 
 
 @pytest.mark.parametrize("queries, keys, masked", ATTENDED)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_attention_is_asked_for_as_kernels_take_it(queries, keys, masked, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.bfloat16), ids=str)
+def test_attention_is_asked_for_as_kernels_take_it(queries, keys, masked, dtype):
     """The definition's numbers and gradients. The kernel that takes masks and float32 takes no
-    grouped heads, and masks only of the scores' dtype with rows at whole 16 bytes; flash takes no
-    mask. cuDNN, which plans anew for each length, is out but for a whole prompt."""
+    grouped heads; flash takes them, and no mask. One query asks for no kernel: cuDNN's plans anew
+    for each length."""
     G, shared, rng = 3, 2, torch.Generator().manual_seed(0)
     shapes = ((2, shared * G, queries, 8), (2, G, keys, 8), (2, G, keys, 8))
     leaves = [torch.randn(x, generator=rng).to(dtype).requires_grad_() for x in shapes]
@@ -469,62 +496,110 @@ def test_attention_is_asked_for_as_kernels_take_it(queries, keys, masked, dtype,
     mask = granitemoe.visible(torch.arange(keys - queries, keys), seen) if masked else None
     exact = granitemoe.attend_eager(*leaves, mask, 0.3, 0.0)
     exact = [exact, *torch.autograd.grad(exact.float().square().sum(), leaves)]
-    calls, sdpa = [], F.scaled_dot_product_attention
-
-    def spy(q, k, v, attn_mask=None, drop=0.0, **options):
-        calls.append((q, k, attn_mask, options, torch.backends.cuda.cudnn_sdp_enabled()))
-        monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)  # which the bias asks for
-        return sdpa(q, k, v, attn_mask, drop, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    torch.backends.cuda.enable_cudnn_sdp(True)  # as it is by default
-    found = granitemoe.ATTENTION["fused"](*leaves, mask, 0.3, 0.0)
-    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with OnCuda() as mode:
+        found = granitemoe.attend_sdpa(*leaves, mask, 0.3, 0.0)
     found = [found, *torch.autograd.grad(found.float().square().sum(), leaves)]
     assert max(map(relative, found, exact)) <= (GRADIENTS if dtype == torch.float32 else 3e-2)
-    ((q, k, bias, options, cudnn),) = calls
+    if queries == 1:
+        assert not mode.asked
+        return
+    (((q, k, v, given, drop, causal), options),) = mode.asked
+    assert options["scale"] == 0.3 and not drop
     whole = queries == keys and not masked
-    if not (whole and dtype == torch.bfloat16):  # else flash, by itself
-        assert q.shape[1] == k.shape[1] and not options.get("enable_gqa") and not cudnn
+    assert causal == whole and (given is None) == whole
+    grouped = whole and dtype != torch.float32  # flash, by itself
+    assert options["enable_gqa"] == grouped
+    assert q.shape[1] == shared * G and k.shape[1] == v.shape[1] == (G if grouped else shared * G)
+
+
+@pytest.mark.parametrize("queries", (7, 3))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_grouped_heads_stay_on_a_cpu(queries, dtype, monkeypatch):
+    """Where PyTorch's kernel takes them with a mask, too: nothing is repeated."""
+    q, k = torch.randn(1, 6, queries, 8, dtype=dtype), torch.randn(1, 3, 7, 8, dtype=dtype)
+    asked, sdpa = [], F.scaled_dot_product_attention
+    note = lambda *args, **options: asked.append((args, options)) or sdpa(*args, **options)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    granitemoe.attend_sdpa(q, k, k, torch.ones(queries, 7, dtype=torch.bool), 1.0, 0.0)
+    ((args, options),) = asked
+    assert args[1] is k and options["enable_gqa"]
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize(
+    "rows, G, shared, C, S", ((1, 1, 1, 2, 1), (2, 3, 2, 8, 5), (3, 2, 7, 10, 90))
+)
+def test_one_query_equals_the_definition(rows, G, shared, C, S, masked):
+    """At grouped heads, with the gradients."""
+    rng = torch.Generator().manual_seed(S)
+    shapes = ((rows, G * shared, 1, C), (rows, G, S, C), (rows, G, S, C))
+    q, k, v = leaves = [torch.randn(x, generator=rng).requires_grad_() for x in shapes]
+    mask = None
     if masked:
-        steps = [n * bias.element_size() for n in bias.stride()[:-1]]
-        assert bias.dtype == dtype and not any(step % 16 for step in steps)
-    elif queries not in (1, keys):
-        assert type(bias).__name__ == "CausalBias", "a matrix of queries and keys was made"
+        seen = torch.arange(S) >= torch.arange(rows)[:, None] * (S // 4)
+        mask = granitemoe.visible(torch.tensor([S - 1]), seen)
+    exact = granitemoe.attend_eager(q, k, v, mask, 0.3, 0.0)
+    found = granitemoe.attend_one(q.view(rows, G, shared, C), k, v, mask, 0.3, 0.0).view_as(q)
+    both = [(y, *torch.autograd.grad(y.square().sum(), leaves)) for y in (found, exact)]
+    for ours, theirs in zip(*both, strict=True):
+        assert relative(ours, theirs) <= 1e-6 or not theirs.any()
 
 
-class Counter(TorchDispatchMode):
-    """The shapes of what each operator was given first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if args and torch.is_tensor(args[0]):
-            self.seen.append((func.overloadpacket.__name__, tuple(args[0].shape)))
-        return func(*args, **(kwargs or {}))
+def test_one_query_drops_as_much_as_asked():
+    rows, k = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 400, 2)
+    torch.manual_seed(0)
+    y = granitemoe.attend_one(rows, k, torch.ones_like(k), None, 1.0, 0.5)
+    assert y.std() > 0.01 and 0.8 < y.mean() < 1.2
 
 
-def test_a_mask_is_converted_once_for_all_layers(device):
-    model = make_model(device, num_hidden_layers=5)
-    ids = random_ids(model.config).to(device)
-    inputs = {name: x.to(device) for name, x in padding("left").items()}
-    with torch.no_grad(), Counter() as counter:
-        model(ids, **inputs)
-    filled = [shape for name, shape in counter.seen if name == "masked_fill_"]
-    assert filled == [(len(ids), 1, T, T)]
+@pytest.mark.parametrize("prompts, padded", (([[*range(9)]], False), (PROMPTS, True)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_the_plain_default_on_cuda(prompts, padded, dtype, monkeypatch):
+    """Prompts, in pieces, ask SDPA once a layer, and as it wants to be asked; steps never. The
+    numbers are those of the CPU."""
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 6 * len(prompts))
+    model = make_model("cpu").to(dtype)
+    plain = ids_of(model, prompts, 6, False)
+    with OnCuda() as mode:
+        assert model.model.norm.weight.device.type == "cuda"
+        found = ids_of(model, prompts, 6, False)
+    assert found == plain or dtype == torch.bfloat16  # near-ties may fall either way
+    assert len(mode.asked) == 2 * model.config.num_hidden_layers
+    for (q, k, _, mask, *_), options in mode.asked:
+        repeated = mask is not None or dtype == torch.float32
+        assert options["enable_gqa"] != repeated and (k.shape[1] == q.shape[1]) == repeated
+        assert q.shape[2] > 1 and (not padded or mask is not None)
+
+
+@pytest.mark.parametrize("sampling", (GREEDY, SAMPLING), ids=("greedy", "sampled"))
+@pytest.mark.parametrize("rows", (1, 9))
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("compiled", (False, True), ids=("plain", "captured"))
+def test_a_step_reads_from_the_card_once(compiled, rows, padded, sampling, monkeypatch):
+    """The ids, and whether their logits were finite. Where the grouped product is a kernel, that
+    is: with "auto", which is "batched" there."""
+    stand_in(monkeypatch, Recorder, lambda recorder: recorder)
+    monkeypatch.setattr(cuda, "grouped_kernel", lambda *_: True)
+    model = make_model("cpu").bfloat16()
+    model.config.experts_backend = "auto"
+    prompts = [[5] * (1 + row * padded) + [6, 7 + row] for row in range(rows)]
+    with OnCuda() as mode:
+        options = {"seed": 0, "eos_token_ids": (), "compiled": compiled, **sampling}
+        steps = generate.generate(model, prompts, 9, **options)
+        for _ in range(4):
+            next(steps)
+            mode.waited.clear()
+            next(steps)
+            assert mode.waited == ["tolist"]
 
 
 @pytest.mark.parametrize("step", (1e-6, 0.125))
-def test_top_p_sorts_what_top_k_left(step):
-    """The same ids as of the whole vocabulary, with several as likely as the K-th, too."""
+def test_top_p_takes_what_top_k_left(step):
+    """With several as likely as the K-th, too."""
     V = 999
     logits = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
     logits = (logits / step).round() * step
-    with Counter() as counter:
-        probs = generate.sampling_probs(logits, top_k=20, top_p=0.9)
-    assert not [name for name, shape in counter.seen if name == "sort" and V in shape]
+    probs = generate.sampling_probs(logits, top_k=20, top_p=0.9)
     top = logits.topk(20, dim=-1).values[:, -1:]
     alone = generate.sampling_probs(logits.masked_fill(logits < top, -torch.inf), top_p=0.9)
     assert torch.equal(probs > 0, alone > 0) and torch.allclose(probs, alone)
@@ -557,7 +632,6 @@ def test_cuda_needs_no_kernel_that_holds_all_scores(released, dtype, compiled, m
     """A prompt, its further pieces, padding and steps, none of which SDPA's last resort runs; nine
     rows are more assignments than experts, in each dtype."""
     monkeypatch.setattr(generate, "PREFILL_TOKENS", 36)
-    monkeypatch.setattr(cuda, "token_step", cuda.capture)  # compiling is not what this is about
     model, before = released.to(dtype), torch.backends.cuda.math_sdp_enabled()
     torch.backends.cuda.enable_math_sdp(False)
     try:
@@ -570,25 +644,23 @@ def test_cuda_needs_no_kernel_that_holds_all_scores(released, dtype, compiled, m
 @on_a_card
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("rows", (1, 9))
-def test_cuda_compiles(released, rows, dtype):
-    """Compiled for real: nearly the logits of the plain step, fed the same ids."""
+def test_cuda_captures(released, rows, dtype):
+    """Captured for real: nearly the logits of the plain model, fed the same ids."""
     model, found = released.to(dtype), []
     ids = torch.randint(90, (rows, 80), generator=torch.Generator().manual_seed(0)).cuda()
     with torch.inference_mode():
         exact = model(ids).logits.float()
         cache = KVCache(model.config, rows, 128, device="cuda", dtype=dtype)
-        model(ids[:, :60], cache=cache)
-        pads, unused = torch.zeros_like(ids[:, :1]), torch.zeros(rows, 1, device="cuda")
-        step = cuda.token_step(model, cache, pads, lambda logits, _: logits)
+        step = cuda.step(model, cache, torch.zeros_like(ids[:, :1]))
+        step(ids[:, :60])
         for t in range(60, 80):  # over the bound of a bucket
-            found.append(step(ids[:, t, None], unused).clone())
+            found.append(step(ids[:, t, None]).clone())
     assert relative(torch.stack(found, dim=1), exact[:, 60:]) <= 5e-2
 
 
 @on_a_card
 @pytest.mark.parametrize("compiled", (False, True), ids=("plain", "captured"))
-def test_cuda_memory_stays_flat_over_replies(released, compiled, monkeypatch):
-    monkeypatch.setattr(cuda, "token_step", cuda.capture)
+def test_cuda_memory_stays_flat_over_replies(released, compiled):
     kinds = {"device": "cuda", "dtype": torch.bfloat16}
     cache, held = KVCache(released.config, 1, 256, **kinds), []
     for turn in range(8):
@@ -600,9 +672,8 @@ def test_cuda_memory_stays_flat_over_replies(released, compiled, monkeypatch):
 
 
 @on_a_card
-def test_cuda_two_replies_at_once(released, monkeypatch):
+def test_cuda_two_replies_at_once(released):
     """The first ends while the other's graph goes on: what it frees is not the other's."""
-    monkeypatch.setattr(cuda, "token_step", cuda.capture)
     a, b = [[1, 2, 3]], [[4, 5, 6, 7]]
     alone = [ids_of(released, a, 8), ids_of(released, b, 60)]
     first, second = (generate.generate(released, x, n, compiled=True) for x, n in ((a, 8), (b, 60)))
@@ -615,8 +686,7 @@ def test_cuda_two_replies_at_once(released, monkeypatch):
 
 @on_a_card
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
-def test_cuda_on_the_second_card(released, monkeypatch):
-    monkeypatch.setattr(cuda, "token_step", cuda.capture)
+def test_cuda_on_the_second_card(released):
     there = released.to("cuda:1")
     assert ids_of(there, [[1, 2]], 9) == ids_of(there, [[1, 2]], 9, False)
     assert torch.cuda.current_device() == 0
@@ -640,13 +710,40 @@ def test_cuda_steps_never_wait_for_the_device(released, name, rows):
         pytest.skip("the grouped product of this card waits")
     pads = torch.zeros(rows, 1, dtype=torch.long, device="cuda")
     cache = KVCache(released.config, rows, 64, device="cuda", dtype=torch.bfloat16)
-    make = generate.plain_step if name == "plain" else cuda.capture
-    step = make(released, cache, pads, lambda logits, _: logits.argmax(-1))
-    unused = torch.zeros(rows, 1, device="cuda")
+    make = generate.plain_step if name == "plain" else cuda.step
+    step = make(released, cache, pads)
     with torch.inference_mode():
-        new = step(pads, unused)
+        for _ in range(2):  # a prompt, and what is captured
+            new = step(pads).argmax(-1)
         with no_waiting():
-            step(new[:, None], unused)
+            step(new[:, None])
+
+
+def waits(steps: Iterator) -> int:
+    """How often the next step waits for the card, of which the debug mode warns."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return len([w for w in said if "synchronizing" in str(w.message)])
+
+
+@on_a_card
+@pytest.mark.parametrize("compiled", (False, True), ids=("plain", "captured"))
+@pytest.mark.parametrize("rows", (1, 9))
+def test_cuda_generate_reads_once_a_step(released, rows, compiled):
+    """In bfloat16 with batched experts: the ids, and whether their logits were finite."""
+    needs_grouped_kernel()
+    prompts = [[5, 6, 7 + row] for row in range(rows)]
+    options = {"eos_token_ids": (), "compiled": compiled, **GREEDY}
+    steps = generate.generate(released, prompts, 9, **options)
+    for _ in range(3):  # libraries' first runs, and what is captured
+        next(steps)
+    assert [waits(steps) for _ in range(4)] == [1] * 4
 
 
 def needs_grouped_kernel() -> None:
