@@ -4,12 +4,13 @@
     python bench/bench.py --model FOLDER --peer transformers  a checkpoint
     ... --scale                              our modes only, against length, batch and capacity
     ... --profile                            where the time goes
+    ... --against CHECKOUT                   our default mode, another checkout's and transformers'
     ... --llama-bench PATH --gguf FILE       llama.cpp too: see README.md here
 
 Random weights are made in memory and shared by both, so that neither disk nor page cache is
-measured. In each item every mode (modes.py) runs once, its logits are compared with those of our
-default path, and only then are the rounds A B A B ... timed. Figures are medians, with the lowest
-and the highest. A prefill's step is its time to the first token.
+measured. In each item every mode (modes.py) runs once, its logits are compared with those of the
+code that is read, and only then are the rounds A B A B ... timed. Figures are medians, with the
+lowest and the highest. A prefill's step is its time to the first token.
 
 "of limit" is the least time in which the machine could do it over the time that it took. The least
 is the larger of bytes / (bytes a second of a sum or a copy) and FLOPs / (FLOPs a second of a
@@ -17,13 +18,13 @@ matmul), timed in the same run. The bytes are what a step has to read once: atte
 head, of the experts those that its tokens chose, cached keys and values. "bare read" is a C program
 that reads as many bytes, in turn with the modes: where it runs, it is the limit of them.
 "peak MB" is the memory that a mode's first step added, its cache included.
+--against is another way to measure: each side is a process of its own (turns.py), in nine rounds.
 """
 
 import argparse
 import json
 import operator
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # compiling ta
 
 import report  # noqa: E402
 import torch  # noqa: E402
+import turns  # noqa: E402
 from modes import DIMS, MODES, Ours, fill, peer_of, random_model  # noqa: E402
 from others import Reader, Work, llama  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -56,7 +57,7 @@ from torch.nn.modules.module import (  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
 import generate  # noqa: E402
-from generate import cpu  # noqa: E402
+from fast import cpu  # noqa: E402
 from granitemoe import GraniteMoeForCausalLM as Model  # noqa: E402
 from granitemoe import KVCache  # noqa: E402
 
@@ -139,10 +140,13 @@ class Item:
     steps: int = 1  # a round
     spare: int = 1  # times the cache's capacity that it needs
 
+    def room_for(self, rounds: int) -> int:
+        steps = self.steps * rounds if self.past else 1
+        return self.spare * (self.past + self.tokens * steps)
+
     @property
     def room(self) -> int:  # a step and a round run before those that are timed
-        steps = self.steps * (MAX_ROUNDS + 2) if self.past else 1
-        return self.spare * (self.past + self.tokens * steps)
+        return self.room_for(MAX_ROUNDS + 2)
 
 
 def needs(model: Model, item: Item, experts: float) -> dict[str, float]:
@@ -239,7 +243,7 @@ class Bench:
 
         work(MAX_ROUNDS)
         row = {"mode": name, "difference": difference}
-        eager = set(name.split()).isdisjoint(("compiled", "graph"))  # else it compiled in there
+        eager = "compile" not in name  # else it compiled in there
         return work, row | {"peak": peak if eager else None, "first": None if eager else seconds[0]}
 
     def others(self, item: Item, known: dict[str, Any]) -> dict[str, Work]:
@@ -343,7 +347,7 @@ def measure_profile(bench: Bench, steps: int = 4) -> list[dict[str, Any]]:
     for item in (Item(f"prefill {T}", 1, T), Item("decode 1", 1, 1, T)):
         ids = bench.ids(steps + 1, 1, item.tokens)
         for name in bench.modes_for(item):
-            if "compiled" in name:  # which takes no hooks
+            if "compile" in name:  # which takes no hooks
                 continue
             mode = MODES[name].make(bench.model, 1)
             caches = [mode.new_cache(1, T + steps + 1) for _ in range(steps + 1)]
@@ -394,13 +398,35 @@ def measure_startup(folder: Path, peer: bool) -> list[dict[str, Any]]:
     return [{"side": name, "seconds": [s for s, _ in found]} for name, found in runs.items()]
 
 
-def measure_load(bench: Bench) -> list[dict[str, Any]]:
-    """What load_alone tells of each side, in processes by themselves, in turn."""
+@contextmanager
+def written(model: Model) -> Iterator[str]:
+    """A folder with the model as a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         kind = {"model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"]}
-        (Path(folder) / "config.json").write_text(json.dumps(asdict(bench.model.config) | kind))
-        weights = dict(bench.model.state_dict())
+        kept = {name: x for name, x in asdict(model.config).items() if "_backend" not in name}
+        (Path(folder) / "config.json").write_text(json.dumps(kept | kind))
+        weights = dict(model.state_dict())
         save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        yield folder
+
+
+def measure_against(bench: Bench, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """See turns.py. The model here is given up once it is written."""
+    chosen = [each for each in items(bench, False) if each.name.startswith(args.only or "")]
+    asked = [{"name": each.name, "room": each.room_for(args.rounds + 1)} for each in chosen]
+    for item, each in zip(asked, chosen, strict=True):
+        item |= {"batch": each.batch, "tokens": each.tokens}
+        item |= {"past": each.past, "steps": each.steps}
+    if bench.peer:
+        import transformers  # noqa: F401  (whose version the report tells)
+    with written(bench.model) as folder:
+        bench.model = None
+        return turns.measure(asked, args.against, bench.peer, folder, args.rounds)
+
+
+def measure_load(bench: Bench) -> list[dict[str, Any]]:
+    """What load_alone tells of each side, in processes by themselves, in turn."""
+    with written(bench.model) as folder:
         how = ["--load-alone", folder, str(bench.device)]
         sides = ["ours"] + ["transformers"] * bench.peer
         commands = {side: [__file__, *how, side] for side in sides}
@@ -420,7 +446,7 @@ def load_alone(folder: str, device: str, side: str) -> dict[str, float]:
     began = time.perf_counter()
     if side == "ours":
         model = generate.load_model(folder, device=device, dtype="bfloat16")
-        run = lambda new: list(generate.generate(model, ids, new))  # noqa: E731
+        run = lambda new: list(generate.generate(model, ids, new, eos_token_ids=()))  # noqa: E731
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").to(device).eval()
         how = {"inputs": torch.tensor(ids, device=device), "do_sample": False, "pad_token_id": 0}
@@ -448,8 +474,9 @@ def parse_args() -> argparse.Namespace:
     add("--profile", action="store_true", help="only: where the time goes")
     add("--scale", action="store_true", help="only: our side against length, batch and capacity")
     add("--only", metavar="TEXT", help="only: items whose names begin so, as 'decode'")
+    add("--against", type=Path, metavar="CHECKOUT", help="only: in turn with another checkout, CPU")
+    add("--rounds", type=int, default=9, metavar="N", help="of --against (default 9)")
     add("--json", type=Path, metavar="FILE", help="write every figure")
-    add("--plot", type=Path, metavar="FILE", help="draw achieved against possible, SVG")
     add("--llama-bench", type=Path, metavar="PATH", help="llama.cpp's program, to measure it too")
     add("--gguf", type=Path, metavar="FILE", help="the same weights for it: see bench/README.md")
     add("--load-alone", nargs=3, help=argparse.SUPPRESS)  # how it calls itself
@@ -458,8 +485,10 @@ def parse_args() -> argparse.Namespace:
         raise ValueError("--llama-bench, --gguf: needs both")
     if not args.model and not args.dims:
         args.dims = "1b"
-    if args.plot and not find_spec("matplotlib"):
-        raise ValueError("--plot: needs matplotlib; run: pip install matplotlib")
+    if args.against and (args.model or args.device.type != "cpu"):
+        raise ValueError("--against: needs random weights (--dims) and --device cpu")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds: must be at least 1, got {args.rounds}")
     return args
 
 
@@ -468,8 +497,8 @@ def main() -> None:
     if args.load_alone:
         return print(json.dumps(load_alone(*args.load_alone)))
     device, peer = args.device, args.peer == "transformers" and not args.scale
-    out: dict[str, Any] = {"startup": [], "load": [], "profile": []}
-    whole = not (args.profile or args.scale or args.only)
+    out: dict[str, Any] = {"startup": [], "load": [], "profile": [], "against": []}
+    whole = not (args.profile or args.scale or args.only or args.against)
     if whole and not args.quick and (TINY / "model.safetensors").exists():
         out["startup"] = measure_startup(TINY, peer)
     if args.model:
@@ -477,16 +506,19 @@ def main() -> None:
     else:
         model = random_model(args.dims, device)
     note(f"model: {model.num_parameters() / 1e6:.0f} M parameters")
-    if peer:
+    if peer and not args.against:
         peer_of(model, None)  # its imports take memory that is no step's
     bench = Bench(model, peer, device, args.quick, args.quick or args.scale, args.full)
-    if device.type == "cpu":
-        found = shutil.which(cpu.compiler()[0])
-        bench.reader = Reader(2**22 if args.quick else 2**28) if found else None
+    if device.type == "cpu" and not args.against:
+        if cpu.has_compiler():
+            bench.reader = Reader(2**22 if args.quick else 2**28)
         bench.llama = args.gguf and (args.llama_bench, args.gguf)
     if whole:
         out["load"] = measure_load(bench)
-    if args.profile:
+    if args.against:
+        del model
+        out["against"] = measure_against(bench, args)
+    elif args.profile:
         out["profile"] = measure_profile(bench)
     else:
         bench.look_at_limits()
@@ -500,9 +532,6 @@ def main() -> None:
     print(report.markdown(out))
     if args.json:
         args.json.write_text(json.dumps(out, indent=1) + "\n")
-    if args.plot and bench.rows:
-        name = args.dims or args.model.name
-        report.draw(bench.rows, f"{name} on {out['environment']['device']}", args.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What bench/gpu.sh asks of a card, a probe a process: prints facts, and keeps rows for its table.
 
-python bench/gpu.py env|kernels|plain|memory|speed|table     or: step captured|compiled ROWS
+python bench/gpu.py env|kernels|plain|memory|speed|table     or: step ROWS
 """
 
 import gc
@@ -18,18 +18,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import bench
+import fast
 import generate
-from generate import cuda
 from granitemoe import ATTENTION
 
 DRY, DIMS, OUT = os.environ.get("DRY"), os.environ.get("DIMS", "1b"), os.environ.get("OUT", ".")
 DEVICE = torch.device("cpu" if DRY else "cuda:0")
 SIZE = 32 if DRY else 512  # tokens before a step, or of a prompt
-DOORS = {"captured": cuda.capture, "compiled": cuda.token_step}
-if DRY:
-    DOORS = dict.fromkeys(DOORS, generate.plain_step)
-if os.environ.get("COMBO") == "0":
-    cuda.OPTIONS.pop("combo_kernels", None)
+make_step = generate.plain_step if DRY else fast.step
 RATIOS = {  # of an item: how many times as fast as what we are to be, at least
     "decode 1": (("transformers eager", 25), ("transformers compiled batched_mm", 3)),
     "decode 64": (("transformers eager", 10), ("transformers default", 6)),
@@ -54,23 +50,21 @@ def env() -> None:
         print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
         print("compute capability", torch.cuda.get_device_capability(DEVICE))
         print(f"memory {torch.cuda.get_device_properties(DEVICE).total_memory / 1e9:.0f} GB")
-    fast = [name for name, x in generate.DTYPES.items() if cuda.grouped_kernel(DEVICE, x)]
-    print("grouped product has a kernel in", fast or "no dtype")
 
 
 def kernels() -> None:
     """Which kernel each kind of attention gets, of a released model's sizes."""
     cases = ((1, 513, 0), (1, 513, 1), (512, 512, 0), (512, 512, 1), (512, 1030, 0), (512, 1030, 1))
-    for dtype, form in ((d, f) for d in (torch.bfloat16, torch.float32) for f in ("sdpa", "fused")):
+    for dtype in (torch.bfloat16, torch.float32):
         for queries, keys, masked in cases:
             like = {"device": DEVICE, "dtype": dtype}
             q, k = torch.randn(2, 16, queries, 64, **like), torch.randn(2, 8, keys, 64, **like)
             mask = torch.ones(2, 1, queries, keys, dtype=torch.bool, device=DEVICE)
             with profile(activities=[ProfilerActivity.CPU]) as run:
-                ATTENTION[form](q, k, k, mask if masked else None, 1 / 64, 0.0)
+                ATTENTION["sdpa"](q, k, k, mask if masked else None, 1 / 64, 0.0)
             found = dict.fromkeys(x.name[6:] for x in run.events() if "::_" in x.name)
             names = [name for name in found if "attention" in name]
-            print(f"{dtype} {form:5} {queries:4} {keys:4} {'mask' * masked:4}", *names)
+            print(f"{dtype} {queries:4} {keys:4} {'mask' * masked:4}", *names)
 
 
 def ready(rows: int, room: int, filled: int) -> tuple:
@@ -89,22 +83,21 @@ def seconds(step: Callable, count: int) -> list[float]:
 
 
 def plain() -> None:
-    """Steps of our default path one by one: each meets a new length."""
-    for form in ("sdpa", generate.pick_forms(("auto", "auto"), DEVICE, torch.bfloat16)[0]):
-        model, cache, ids = ready(1, 2 * SIZE, SIZE)
-        model.config.attention_backend = form
-        times = seconds(lambda m=model, c=cache, i=ids: m(i, cache=c), 8 if DRY else 48)[2:]
-        middle = statistics.median(times)
-        keep(f"plain step, {form}: ms", middle * 1e3)
-        keep(f"plain step, {form}: largest over median", max(times) / middle, 5)
+    """Steps of the code that is read, one by one: each meets a new length."""
+    model, cache, ids = ready(1, 2 * SIZE, SIZE)
+    times = seconds(lambda: model(ids, cache=cache), 8 if DRY else 48)[2:]
+    middle = statistics.median(times)
+    keep("plain step: ms", middle * 1e3)
+    keep("plain step: largest over median", max(times) / middle, 5)
 
 
 def memory() -> None:
     """MB that replies to one conversation leave behind."""
     model, cache, _ = ready(1, 40 * 16, 1)
-    cuda.token_step, held = DOORS["captured"], []
+    held = []
     for turn in range(8):
-        list(generate.generate(model, [[5, turn]], 9, cache=cache, compiled=not DRY))
+        how = {"eos_token_ids": (), "cache": cache, "compiled": not DRY}
+        list(generate.generate(model, [[5, turn]], 9, **how))
         gc.collect()
         held.append(0 if DRY else torch.cuda.memory_allocated(DEVICE) / 2**20)
     print("MB after each reply", held)
@@ -121,44 +114,41 @@ def launches(step: Callable, layers: int, what: str) -> None:
         if DRY or event.device_type == torch.autograd.DeviceType.CUDA:
             count[event.name] += 1
             busy[event.name] += event.cpu_time if DRY else event.device_time
-    goal = 11.5 if what == "compiled step, 1 rows" else None
-    keep(f"{what}: launches a layer, head included", count.total() / layers, None, goal)
+    keep(f"{what}: launches a layer, head included", count.total() / layers)
     keep(f"{what}: busy, ms", busy.total() / 1e3)
     for name, spent in busy.most_common(14):
         print(f"{spent:8.0f} us {count[name]:5} x {name[:120]}")
 
 
-def step(name: str, rows: str) -> None:
-    """One of the engine's steps: early in its cache and, for one row, late in a long one."""
+def step(rows: str) -> None:
+    """A step of --compile: early in its cache and, for one row, late in a long one."""
     room = 2 * SIZE if rows != "1" else 128 if DRY else 16384
-    what = f"{name} step, {rows} rows"
-    what += ", without combo kernels" * ("combo_kernels" not in cuda.OPTIONS)
+    what = f"--compile, {rows} rows"
     for filled in (SIZE, room - 48)[: 1 + (rows == "1")]:
-        one_step(DOORS[name], what, ready(2 if DRY else int(rows), room, filled))
+        one_step(what, ready(2 if DRY else int(rows), room, filled))
 
 
-def one_step(door: Callable, what: str, at: tuple) -> None:
+def one_step(what: str, at: tuple) -> None:
     """Whether it is right, how long it takes, and of which kernels it is made."""
     model, cache, ids = at
     filled, layers = cache.length, model.config.num_hidden_layers
     exact = model(ids, cache=cache, logits_to_keep=1).logits[:, -1].float()
     cache.length = filled
-    pads, unused = torch.zeros_like(ids), torch.zeros(len(ids), 1, device=DEVICE)
-    made, found = door(model, cache, pads, lambda logits, _: logits), []
-    first = bench.timed(lambda: found.append(made(ids, unused).float()), DEVICE)
+    made, found = make_step(model, cache, torch.zeros_like(ids)), []
+    first = bench.timed(lambda: found.append(made(ids).clone()), DEVICE)
     print(f"first step, with capturing: {first:.1f} s")
     keep(f"{what}, {filled} tokens: error", float((found[0] - exact).norm() / exact.norm()), 0.1)
-    times = seconds(lambda: made(ids, unused), 4 if DRY else 30)
+    times = seconds(lambda: made(ids), 4 if DRY else 30)
     keep(f"{what}, {filled} tokens: ms", statistics.median(times) * 1e3)
     if filled == SIZE:
-        launches(lambda: made(ids, unused), layers, what)
+        launches(lambda: made(ids), layers, what)
 
 
 def speed() -> None:
     """Prompts and steps in turn with transformers, and what of it the targets name."""
     model = modes.random_model(DIMS, DEVICE)
-    for name in ("transformers compiled grouped_mm", "transformers batched_mm", "ours compiled"):
-        modes.MODES.pop(name, None)  # slow ones, and a CPU's
+    for name in ("transformers compiled grouped_mm", "transformers batched_mm"):
+        modes.MODES.pop(name, None)  # slow ones
     run = bench.Bench(model, True, DEVICE, bool(DRY), bool(DRY), False)
     run.look_at_limits()
     wanted = ("decode 1", "decode 64", "prefill 2048", "prefill 8192")

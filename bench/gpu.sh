@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The first ten minutes on a card: what it says of itself, the kernels that it chooses, the tests that need it, memory
-# over replies, steps captured and compiled, then prompts and steps beside transformers; a table against the targets last.
+# over replies, steps of --compile, then prompts and steps beside transformers; a table against the targets last.
 #
 #     bench/gpu.sh [1b|3b]        PY: which python; OUT: where logs go, /tmp/gpu by default
 #
-# DRY=1 runs every line on a CPU at toy sizes, the plain step in place of a captured one, to try this script itself.
+# DRY=1 runs every line on a CPU at toy sizes, the plain step in place of that of --compile, to try this script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 dims=${1:-1b} PY=${PY:-python} DRY=${DRY:-} failed=0
@@ -27,22 +27,17 @@ go() { # seconds, command: its last lines, and whether it ended well
 probe() { go "$1" "$PY" bench/gpu.py "${@:2}"; }
 
 probe 60 env
-echo "-> grouped product without a kernel: batches of more assignments than experts synchronise, captured ones go in pieces"
 probe 90 kernels
-echo "-> _math anywhere in fused: a prompt's further pieces or padding fill the memory with scores"
+echo "-> _math anywhere: a prompt's further pieces or padding fill the memory with scores"
 go 240 "$PY" -m pytest -q -p no:cacheprovider --tb=line tests/test_fast_cuda.py ${DRY:+--collect-only}
 echo "-> a failure here is news: everything that follows rests on these"
 probe 90 plain
-echo "-> largest over 5 x the median, or sdpa slower than fused: cuDNN plans anew for each length, and should be out of prompts too"
+echo "-> largest over 5 x the median: something plans anew for each length, as cuDNN does"
 probe 90 memory
 echo "-> growth: a stream or a graph outlives its reply"
-probe 120 step captured 1
-echo "-> right, and faster than plain: set CAPTURE_ALWAYS in fast/cuda.py"
-TORCH_LOGS=recompiles probe 300 step compiled 1
-echo "-> recompiles: none is expected; more than 11 launches a layer: read the largest; late far slower than early: attention"
-COMBO=0 probe 300 step compiled 1
-echo "-> no slower than the line above: take combo_kernels out of OPTIONS"
-probe 300 step compiled 64
+probe 120 step 1
+echo "-> many launches a layer: read the largest; late far slower than early: attention"
+probe 120 step 64
 echo "-> grouped products under half of the bandwidth: a kernel of our own pays"
 probe 580 speed
 probe 30 table

@@ -1,7 +1,7 @@
 """What bench.py compares: models on one set of weights, and the ways (modes) of running them.
 
-To add a mode: a class with new_cache and step as here, or other arguments for one of these, and a
-name for it in MODES.
+Ours are two: the code that is read, and --compile. To add a mode: a class with new_cache and step
+as here, or other arguments for one of these, and a name for it in MODES.
 """
 
 import functools
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import fast
 import generate
-from generate import checkpoint, cpu, cuda, prompt
+from files import checkpoint
 from granitemoe import GraniteMoeConfig, KVCache
 from granitemoe import GraniteMoeForCausalLM as Model
 
@@ -35,11 +36,9 @@ DIMS = {  # Granite 3.1's instruct models, and one to try the benchmark itself w
 def random_model(dims: str, device: torch.device) -> Model:
     """Ours in bfloat16, drawn as for training: normal with deviation 0.02, norms of 1."""
     torch.manual_seed(0)
-    forms = generate.pick_forms(("auto", "auto"), device, torch.bfloat16)
-    names = dict(zip(("attention_backend", "experts_backend"), forms, strict=True))
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        model = Model(GraniteMoeConfig(**DIMS[dims], **names))
+        model = Model(GraniteMoeConfig(**DIMS[dims]))
     torch.set_default_dtype(torch.float32)
     if device.type == "cpu":
         for parameter in model.parameters():  # where load_model puts them
@@ -75,30 +74,23 @@ def peer_of(model: Model, experts: str | None) -> Any:
 
 
 class Ours:
-    """Our default path or, through one of the engine's doors, its token step."""
+    """Our model, through a step as generate's loop takes it: as it is read, or fast.step."""
 
-    def __init__(
-        self, model: Model, batch: int, door: Callable | None = None,
-        for_prompts: Callable[[Model], Model] = lambda model: model,
-    ) -> None:  # fmt: skip
-        """door: what makes a token step for a cache, as fast.cpu.token_step does; for_prompts:
-        what makes the model that takes several tokens a row."""
-        self.module, self.door, self.made = model, door, None
-        self.prefill = for_prompts(model)
+    def __init__(self, model: Model, batch: int, make_step: Callable = generate.plain_step) -> None:
+        self.module, self.make_step = model, make_step
+        self.cache, self.advance = None, None  # a step is made for one cache
 
     def new_cache(self, batch: int, room: int) -> KVCache:
+        self.cache = self.advance = None  # their memory goes first
         weight = self.module.model.norm.weight
         return KVCache(self.module.config, batch, room, device=weight.device, dtype=weight.dtype)
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids (B, T) and a cache, which grows, to the last position's logits (B, V)."""
-        if self.door is None or ids.shape[1] > 1:
-            return self.prefill(ids, cache=cache, logits_to_keep=1).logits[:, -1]
-        uniform = torch.zeros(len(ids), 1, dtype=torch.float64, device=ids.device)  # not used
-        if self.made is None:  # for this one cache
-            pads = torch.zeros_like(ids)
-            self.made = self.door(self.module, cache, pads, lambda logits, _: logits)
-        return self.made(ids, uniform)
+        if cache is not self.cache:
+            pads = torch.zeros_like(ids[:, :1])
+            self.cache, self.advance = cache, self.make_step(self.module, cache, pads)
+        return self.advance(ids)
 
 
 class Peer:
@@ -141,10 +133,8 @@ class Mode(NamedTuple):
 
 BOTH, part = "cpu cuda", functools.partial
 MODES = {
-    "ours": Mode(Ours),
-    "ours compiled": Mode(part(Ours, door=cpu.token_step, for_prompts=prompt.for_prompts), "cpu"),
-    "ours graph": Mode(part(Ours, door=cuda.capture), "cuda", False),
-    "ours compiled graph": Mode(part(Ours, door=cuda.token_step), "cuda", False),
+    "ours read": Mode(Ours),
+    "ours --compile": Mode(part(Ours, make_step=fast.step)),
     "transformers default": Mode(Peer),  # grouped_mm, and the cache that grows
     "transformers eager": Mode(part(Peer, experts="eager")),
     # This copies a whole expert for each assignment, so that a prefill would fill the memory.

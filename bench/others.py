@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generate import checkpoint, cpu
+from fast import cpu
+from files import checkpoint
 
 Work = Callable[[int], float]  # from the number of a round to the seconds of a step
 

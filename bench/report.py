@@ -1,4 +1,7 @@
-"""From bench.py's measurements to what a reader sees: derived figures, goals, tables, a plot."""
+"""From bench.py's measurements to what a reader sees: derived figures, goals, tables, a picture.
+
+python bench/report.py      draws cpu.svg anew, from the first such table of RESULTS.md
+"""
 
 import json
 import os
@@ -15,31 +18,32 @@ Row = dict[str, Any]
 RATE = "tokens_per_second"
 TIMES = {"times_best": "transformers' best", "times_llama": "llama.cpp"}
 DECODE = (  # item, mode, key, must and target
-    ("decode 1", "ours compiled", "times_llama", 1.05, 1.15),
-    ("decode 8", "ours compiled", "times_llama", 1.25, 1.5),
-    ("decode 1", "ours compiled", "times_best", 3, 3),
-    ("decode 8", "ours compiled", "times_best", 2.5, 2.5),
-    ("decode 1", "ours", "times_best", 1, 1.15), ("decode 8", "ours", "times_best", 1, 1.15),
+    ("decode 1", "ours --compile", "times_llama", 1.05, 1.15),
+    ("decode 8", "ours --compile", "times_llama", 1.25, 1.5),
+    ("decode 1", "ours --compile", "times_best", 3, 3),
+    ("decode 8", "ours --compile", "times_best", 2.5, 2.5),
+    ("decode 1", "ours read", "times_best", 1, 1.15),
+    ("decode 8", "ours read", "times_best", 1, 1.15),
 )  # fmt: skip
 GOALS = {  # of a released size: on a CPU times as fast as others, on a GPU tokens a second
     "cpu 1b": (
-        *DECODE, ("prefill 512", "ours", "times_best", 1.1, 1.2),
-        ("prefill 2048", "ours", "times_best", 1.2, 1.35),
-        ("prefill 512", "ours compiled", "times_best", 1.1, 1.2),
-        ("prefill 2048", "ours compiled", "times_best", 1.2, 1.35),
+        *DECODE, ("prefill 512", "ours read", "times_best", 1.1, 1.2),
+        ("prefill 2048", "ours read", "times_best", 1.2, 1.35),
+        ("prefill 512", "ours --compile", "times_best", 1.1, 1.2),
+        ("prefill 2048", "ours --compile", "times_best", 1.2, 1.35),
     ),
     "cpu 3b": DECODE,
     "cuda 1b": (  # of an H100
-        ("decode 1", "ours compiled graph", RATE, 900, 1200),
-        ("prefill 2048", "ours", RATE, 270e3, 330e3),
-        ("decode 64", "ours compiled graph", RATE, 18e3, 24e3),
-        ("prefill 8192", "ours", RATE, 250e3, 310e3),
+        ("decode 1", "ours --compile", RATE, 900, 1200),
+        ("prefill 2048", "ours read", RATE, 270e3, 330e3),
+        ("decode 64", "ours --compile", RATE, 18e3, 24e3),
+        ("prefill 8192", "ours read", RATE, 250e3, 310e3),
     ),
     "cuda 3b": (
-        ("decode 1", "ours compiled graph", RATE, 575, 750),
-        ("prefill 2048", "ours", RATE, 150e3, 180e3),
-        ("decode 64", "ours compiled graph", RATE, 10e3, 13e3),
-        ("prefill 8192", "ours", RATE, 130e3, 160e3),
+        ("decode 1", "ours --compile", RATE, 575, 750),
+        ("prefill 2048", "ours read", RATE, 150e3, 180e3),
+        ("decode 64", "ours --compile", RATE, 10e3, 13e3),
+        ("prefill 8192", "ours read", RATE, 130e3, 160e3),
     ),
 }  # fmt: skip
 TABLES = {  # of what bench.py measured: heading, key, unit and form of each column
@@ -65,6 +69,11 @@ TABLES = {  # of what bench.py measured: heading, key, unit and form of each col
         ("item", "item", 1, ""), ("mode", "mode", 1, ""), ("module", "module", 1, ""),
         ("operator", "operator", 1, ""), ("ms a step", "seconds", 1e-3, ".3g"),
         ("share", "share", 1, ".0%"),
+    ),
+    "against": (
+        ("item", "item", 1, ""), ("side", "side", 1, ""),
+        ("ms a step (lowest-highest)", "seconds", 1e-3, ".4g"),
+        ("times ours, paired (lowest-highest)", "ratios", 1, ".3g"),
     ),
     "goals": (
         ("goal", "goal", 1, ""), ("measured", "measured", 1, ".3g"), ("must", "must", 1, ".3g"),
@@ -151,33 +160,95 @@ def markdown(out: Row) -> str:
         parts.append(f"Limits: {reads / 1e9:.1f} GB/s, {flops / 1e12:.3g} TFLOP/s")
     for name, columns in TABLES.items():
         lines = [[heading for heading, *_ in columns], ["---"] * len(columns)]
-        for row in out[name]:
+        for row in out.get(name, ()):
             lines.append([cell(row.get(key), unit, form) for _, key, unit, form in columns])
-        if out[name]:
+        if out.get(name):
             parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts)
 
 
-def draw(rows: list[Row], title: str, file: Path) -> None:
-    """An SVG: of each item our fastest mode, and transformers' fastest and default."""
-    import matplotlib
-    from matplotlib.figure import Figure
+# ---------------------------------------------------------------------------------- the picture
+JOBS = {
+    "decode 1": "one row",
+    "decode 8": "eight rows",
+    "prefill 512": "prompt of 512",
+    "prefill 2048": "prompt of 2,048",
+}
+SIDES = {  # how the modes begin, the colour of a bar and of text on it
+    "ours read": (("ours read",), "#54aeff", "#1f2328"),
+    "ours --compile": (("ours --compile",), "#0550ae", "#ffffff"),
+    "transformers' best": (("transformers",), "#afb8c1", "#1f2328"),
+    "llama.cpp": (("llama.cpp",), "#d4a72c", "#1f2328"),
+}
+RENAMED = {"ours": "ours read", "ours compiled": "ours --compile"}  # in runs before 2026-11-28
+LEFT, TOP, WIDE, BAR = 130, 84, 600, 18  # of the bars: 100 % are WIDE
 
-    bars = []
-    for item in dict.fromkeys(row["item"] for row in rows):
-        found = sorted((r for r in rows if r["item"] == item), key=lambda row: row["median"])
-        for side in ("ours", "transformers", "transformers default"):
-            best = [row for row in found if row["mode"].startswith(side)][:1]
-            bars += [row for row in best if row not in bars]
-    names = [f"{row['item']}: {row['mode']}" for row in bars]
-    colors = ["#0969da" if row["mode"].startswith("ours") else "#8c959f" for row in bars]
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9}):
-        figure = Figure((8, 1 + 0.25 * len(bars)), layout="constrained", facecolor="white")
-        axes = figure.subplots()
-        drawn = axes.barh(names, [100 * row["of_limit"] for row in bars], color=colors)
-        speeds = [f"{row['tokens_per_second']:,.0f} tokens/s" for row in bars]
-        axes.bar_label(drawn, speeds, padding=3)
-        axes.axvline(100, color="#24292f", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set(xlim=(0, 120), title=title, xlabel="% of what memory or arithmetic would allow")
-        figure.savefig(file, format="svg")
+
+def recorded(text: str) -> list[Row]:
+    """Rows for draw from the first table of RESULTS.md that has a row for each mode and item."""
+    table = text[text.index("| item | mode | ms a step") :].partition("\n\n")[0].splitlines()
+    head, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table)
+    rows = []
+    for line in lines:
+        cells = dict(zip(head, line, strict=True))
+        row = {"item": cells["item"], "mode": RENAMED.get(cells["mode"], cells["mode"])}
+        row["of_limit"] = float(cells["of limit"].rstrip("%")) / 100
+        rows.append(row | {"tokens_per_second": float(cells["tokens/s"])})
+    return rows
+
+
+def bar(row: Row, y: int, color: str, on_it: str) -> str:
+    """One bar with its figures: beside it or, where they would cross the limit's line, on it."""
+    width, share = WIDE * row["of_limit"], row["of_limit"]
+    speed = row["tokens_per_second"]
+    words = f"{speed:,.{int(speed < 100)}f} tokens/s, {share:.0%}"
+    place = f'x="{LEFT + width + 6:.0f}" fill="#1f2328"'
+    if share > 0.7:
+        place = f'x="{LEFT + width - 6:.0f}" fill="{on_it}" text-anchor="end"'
+    size = f'width="{width:.0f}" height="{BAR - 2}"'
+    drawn = f'<rect x="{LEFT}" y="{y}" {size} fill="{color}"/>\n'
+    return drawn + f'<text {place} y="{y + 12}">{words}</text>'
+
+
+def draw(rows: list[Row], title: str) -> str:
+    """An SVG with a background of its own: of each job our two modes, and the two others."""
+    parts, y, x = [], TOP + 14, LEFT
+    for side, (_, color, _) in SIDES.items():
+        parts.append(f'<rect x="{x}" y="36" width="12" height="12" fill="{color}"/>')
+        parts.append(f'<text x="{x + 18}" y="46">{side}</text>')
+        x += 150
+    for item, job in JOBS.items():
+        middle = y + BAR * len(SIDES) // 2 + 3
+        parts.append(f'<text x="{LEFT - 8}" y="{middle}" text-anchor="end">{job}</text>')
+        for begins, color, on_it in SIDES.values():
+            found = [r for r in rows if r["item"] == item and r["mode"].startswith(begins)]
+            if found:
+                best = max(found, key=lambda row: row["tokens_per_second"])
+                parts.append(bar(best, y, color, on_it))
+            y += BAR
+        y += 16
+    for share in (0, 25, 50, 75, 100):
+        x, color = LEFT + WIDE * share // 100, "#cf222e" if share == 100 else "#d0d7de"
+        line = f'<line x1="{x}" y1="{TOP}" x2="{x}" y2="{y}" stroke="{color}"/>'
+        parts.insert(0, line)  # behind the bars
+        parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{share} %</text>')
+    words = "the limit: what memory or arithmetic allows"
+    parts.append(f'<text x="{LEFT + WIDE}" y="{TOP - 6}" text-anchor="end">{words}</text>')
+    wide, high = LEFT + WIDE + 40, y + 30
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" '
+    head += f'height="{high}" role="img" font-family="sans-serif" font-size="12" fill="#1f2328">'
+    paper = f'<rect width="{wide}" height="{high}" fill="#ffffff"/>'
+    named = f'<text x="{LEFT}" y="22" font-size="14" font-weight="bold">{title}</text>'
+    return "\n".join((head, f"<title>{title}</title>", paper, named, *parts, "</svg>\n"))
+
+
+def main() -> None:
+    folder = Path(__file__).parent
+    text = (folder / "RESULTS.md").read_text(encoding="utf-8")
+    date = text.partition('"date": "')[2][:10]
+    title = f"1b sizes in bfloat16 on two cores, {date}: share of the limit"
+    (folder / "cpu.svg").write_text(draw(recorded(text), title), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

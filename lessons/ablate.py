@@ -26,7 +26,7 @@ from common import CONTROL, Parser, command, markdown, new_figure
 from score import default_window, log_probs, read_ids
 from torch import Tensor, nn
 
-from generate import TINY, encode, generate, load_model, load_tokenizer
+from generate import TINY, checkpoint, encode, generate, load_model, load_tokenizer
 from granitemoe import GraniteMoeForCausalLM
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ Change = Callable[[Tensor, Tensor, Tensor], tuple]  # of a router's logits_NE, w
 
 def under(model: GraniteMoeForCausalLM, **changes: float) -> GraniteMoeForCausalLM:
     """The same weights, shared and not copied, under a changed config. Raises ValueError."""
+    checkpoint.check_fields(changes)  # their ranges, as for a config.json
     with torch.device("meta"):
         other = GraniteMoeForCausalLM(replace(model.config, **changes))
     other.load_state_dict(model.state_dict(), assign=True)

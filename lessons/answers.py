@@ -15,7 +15,6 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from common import pieces
 from torch import Tensor
 from torch.func import functional_call
@@ -62,16 +61,19 @@ def balance(logits_NE: Tensor, K: int) -> Tensor:
 
 def step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *numbers: float) -> tuple:
     """The model's Attention on its own cache, with projections that hand out q, k and v."""
-    (_, _, L, C), T, (scale, theta) = keys.shape, q.shape[2], numbers
+    (B, G, L, C), T, (scale, theta) = keys.shape, q.shape[2], numbers
     config = SimpleNamespace(head_dim=C, rope_theta=theta, attention_dropout=0.0)
+    config.num_hidden_layers, config.num_key_value_heads = 1, G
     config.attention_backend, config.attention_multiplier = "eager", scale
     block = SimpleNamespace(config=config, training=False, o_proj=lambda y: y)
     for name, x in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
         setattr(block, name, lambda _, x=x: x.transpose(1, 2).flatten(2))
     rope = granitemoe.rope_tables(torch.arange(L, L + T)[None], config, q.dtype)
-    past = granitemoe.Past(*(F.pad(x, (0, 0, 0, T)) for x in (keys, values)), L)
-    y = granitemoe.Attention.forward(block, q.transpose(1, 2), rope, None, past)
-    return y.unflatten(2, (-1, C)).transpose(1, 2), past.keys, past.values
+    cache = granitemoe.KVCache(config, B, L + T, dtype=q.dtype)
+    cache.append(0, keys, values)
+    cache.length = L
+    y = granitemoe.Attention.forward(block, q.transpose(1, 2), rope, None, cache, 0)
+    return y.unflatten(2, (-1, C)).transpose(1, 2), cache.keys[0], cache.values[0]
 
 
 def keep(logits: Tensor, p: float) -> Tensor:
@@ -221,7 +223,7 @@ PUZZLES = {
         "granitemoe.py, language model: load_balancing_loss",
         ("N=9 E=5 K=2", "N=4 E=3 K=1", "N=1 E=4 K=4")),
     "cached_step": Puzzle(step, of_step, "y keys values",
-        "granitemoe.py, attention: Past, Attention",
+        "granitemoe.py, attention: Attention",
         ("B=1 H=2 G=2 T=1 L=3 C=4 scale=0.7 theta=100.0",
          "B=2 H=4 G=2 T=3 L=2 C=6 scale=0.3 theta=100.0",
          "B=1 H=2 G=1 T=4 L=0 C=4 scale=0.7 theta=100.0")),
@@ -326,7 +328,7 @@ def fit(name: str, f: Piece, config: GraniteMoeConfig) -> list[AbstractContextMa
         "load_balancing": [],  # of training alone
         "cached_step": [
             change(granitemoe, "rotate", lambda x, *rope: x),
-            change(granitemoe.Past, "append", lambda past, k, v: (k, v)),
+            change(granitemoe.KVCache, "append", lambda cache, layer, k, v: (k, v)),
             patch.dict(ATTENTION, eager=cached),
         ],
         "top_p": [change(generate, "filtered_probs", lambda x, s: f(x / s.temperature, s.top_p))],

@@ -122,7 +122,7 @@ def show(
 def show_load(routing: Routing, same: list[float] | None = None) -> list[str]:
     """A line for each layer: a bar an expert, 8 eighths being twice the mean, and the balance."""
     E = routing.counts.shape[1]
-    wide = E <= 16  # room for percentages beside the bars
+    wide = E <= 16  # percentages fit beside the bars
     head = "".join(f"{e:>6d}" for e in range(E)) if wide else f"{f'experts 0 to {E - 1}':<{E}}"
     lines = [f"load, layer {head}   max/mean  entropy of {math.log2(E):.2f} bits"]
     lines[0] += "  same" if same else ""

@@ -4,18 +4,24 @@ The times mean nothing here. Guards against a benchmark that no longer runs, or 
 models which are not the same.
 """
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 from conftest import needs_compiler, on_posix, thorough
 
 BENCH = Path(__file__).resolve().parents[1] / "bench" / "bench.py"
-PROMPTS = {"ours", "ours compiled", "transformers default", "transformers eager", "llama.cpp"}
+sys.path.insert(0, str(BENCH.parent))
+
+import report  # noqa: E402
+
+SIDES = ("ours", "other checkout")
+PROMPTS = {"ours read", "ours --compile", "transformers default", "transformers eager", "llama.cpp"}
 MODES = PROMPTS | {"transformers batched_mm", "bare read"}
 NUMBERS = ("tokens_per_second", "gb_per_second", "tflops", "of_limit", "experts", "median")
 
@@ -31,11 +37,11 @@ def test_the_quickest_run(tmp_path):
     done = run("--dims", "tiny", "--peer", "none", "--only", "decode 1", "--json", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out").read_text())["rows"]
-    assert {(row["item"], row["mode"]) for row in rows} >= {("decode 1", "ours")}
+    assert {(row["item"], row["mode"]) for row in rows} >= {("decode 1", "ours read")}
     for row in rows:
         assert row["item"] == "decode 1" and all(row[name] > 0 for name in NUMBERS), row
         assert row["mode"] == "bare read" or row["difference"] < 0.05, row
-    assert "| decode 1 | ours |" in done.stdout
+    assert "| decode 1 | ours read |" in done.stdout
 
 
 @on_posix
@@ -72,13 +78,45 @@ def test_a_quick_run(tmp_path):
     assert all(limit > 0 for limit in out["limits"].values())
     assert [goal["goal"] for goal in out["goals"]] == ["peak memory, GB"]
     assert {"date", "torch", "transformers", "cpu", "threads"} <= out["environment"].keys()
-    assert "| decode 1 | ours |" in done.stdout and "peak memory, GB" in done.stdout
+    assert "| decode 1 | ours read |" in done.stdout and "peak memory, GB" in done.stdout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib"), reason="matplotlib is installed")
-def test_a_plot_needs_matplotlib():
-    done = run("--dims", "tiny", "--plot", "plot.svg")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "matplotlib" in done.stderr
+@thorough
+def test_in_turn_with_another_checkout(tmp_path):
+    """Each side runs by itself; this checkout beside itself is as fast as itself."""
+    out = tmp_path / "out"
+    how = ("--peer", "none", "--rounds", 2, "--json", out, "--only", "decode")
+    done = run("--dims", "tiny", "--against", BENCH.parents[1], *how)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["against"]
+    asked = [(item, side) for item in ("decode 1", "decode 3") for side in SIDES]
+    assert [(row["item"], row["side"]) for row in rows] == asked
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows)
+    assert all(0.1 < ratio < 10 for row in rows for ratio in row["ratios"] or [])
+    assert "| decode 3 | other checkout |" in done.stdout
+
+
+def test_what_is_in_turn_must_be_a_checkout(tmp_path):
+    done = run("--dims", "tiny", "--peer", "none", "--against", tmp_path, "--only", "decode 1")
+    assert done.returncode == 1 and "--against: " in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("shown, row", [("fast", 1.0), ("slow", 0.1)])
+def test_a_bar_and_its_figures(shown, row):
+    """On the bar where they would cross the line of the limit, beside it elsewhere."""
+    text = report.bar({"of_limit": row, "tokens_per_second": 12.34}, 0, "#000000", "#ffffff")
+    assert f"12.3 tokens/s, {row:.0%}</text>" in text
+    assert ('text-anchor="end"' in text) == (shown == "fast")
+
+
+def test_the_picture_is_of_the_recorded_run():
+    """All four sides of all four jobs, as RESULTS.md has them."""
+    results = (BENCH.parent / "RESULTS.md").read_text(encoding="utf-8")
+    rows, picture = report.recorded(results), BENCH.with_name("cpu.svg").read_text(encoding="utf-8")
+    title = re.search("<title>(.+)</title>", picture)[1]
+    assert report.draw(rows, title) == picture and results.partition('"date": "')[2][:10] in title
+    assert picture.count(" tokens/s, ") == len(report.JOBS) * len(report.SIDES) == 16
+    xml.etree.ElementTree.fromstring(picture)
 
 
 @on_posix
@@ -103,10 +141,9 @@ def test_the_first_minutes_on_a_card(tmp_path):
     done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "!!!" not in done.stdout + done.stderr, done.stdout
     table = (tmp_path / "log").read_text()
-    steps = [
-        f"{name} step, {n} rows" for name, n in (("captured", 1), ("compiled", 1), ("compiled", 64))
-    ]
-    for what in ("plain step", "memory growth", "decode 1, ours: times transformers eager", *steps):
+    steps = [f"--compile, {n} rows" for n in (1, 64)]
+    for what in ("plain step", "memory growth", *steps):
         assert f"| {what}" in table, what
     for what in steps:
         assert f"{what}: launches a layer" in table and f"{what}, 32 tokens: error | 0 |" in table
+    assert re.search(r"\| decode 1, ours [^:]+: times transformers eager \|", table)

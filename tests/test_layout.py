@@ -38,7 +38,7 @@ KNOWS = {  # what of ours each file or part may import
     "fast": {"fast", "granitemoe"},
     "files": {"files", "granitemoe"},
     "test_granitemoe.py": {"generate", "granitemoe"},
-    "bench": {"bench", "generate", "granitemoe"},
+    "bench": {"bench", "fast", "files", "generate", "granitemoe"},
     "lessons": {"generate", "granitemoe"},
     "tiny": {"granitemoe"},
     "tests": {"generate", "granitemoe", "lessons", "test_granitemoe"},

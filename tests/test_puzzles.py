@@ -28,10 +28,10 @@ from generate import Sampling, filtered_probs
 from types import SimpleNamespace as Fake
 
 normed, routed = granitemoe.RMSNorm.forward, granitemoe.Router.forward
-append = granitemoe.Past.append
+append = granitemoe.KVCache.append
 """  # bound before pieces stand in their place
 OWN = {  # bodies that call granitemoe.py
-    "rms_norm": "return normed(Fake(weight=weight, eps=eps), x)",
+    "rms_norm": "return normed(Fake(weight=weight, normalized_shape=weight.shape, eps=eps), x)",
     "rotary": """
         config = Fake(head_dim=x.shape[-1], rope_theta=theta)
         return rotate(x, *rope_tables(positions[None], config, x.dtype))""",
@@ -47,9 +47,9 @@ OWN = {  # bodies that call granitemoe.py
     "load_balancing": "return granitemoe.load_balancing_loss((logits_NE,), K)",
     "cached_step": """
         at = torch.arange(q.shape[2]) + keys.shape[2]
-        room = [F.pad(x, (0, 0, 0, q.shape[2])) for x in (keys, values)]
-        past = granitemoe.Past(*room, keys.shape[2])
-        keys, values = append(past, rotary(k, at, theta), v)
+        longer = [F.pad(x[None], (0, 0, 0, q.shape[2])) for x in (keys, values)]
+        cache = Fake(keys=longer[0], values=longer[1], length=keys.shape[2])
+        keys, values = append(cache, 0, rotary(k, at, theta), v)
         y = granitemoe.attend_eager(rotary(q, at, theta), keys, values, None, scale, 0.0)
         return y, keys, values""",
     "top_p": "return filtered_probs(logits, Sampling(temperature=1.0, top_p=p))",

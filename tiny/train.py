@@ -38,7 +38,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import granitemoe  # noqa: E402
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, load_balancing_loss  # noqa: E402
 
 VOCAB, T, B, WARMUP, ETA_MAX, A, EXPONENT = 2048, 512, 8, 100, 0.02, 4.0, -0.51
@@ -253,9 +252,8 @@ def train(
     model = new_model(config).to(device)
     optimizer, generator = new_optimizer(model), torch.Generator().manual_seed(0)
     first, step, rows = resume(args, model, optimizer, generator)
-    if args.compile:  # not what PyTorch compiles in bfloat16 only
+    if args.compile:
         model.config.experts_backend = "batched"
-        granitemoe.grouped_product = torch.compiler.disable(granitemoe.grouped_product)
         model.model.forward = torch.compile(model.model.forward, dynamic=False)
     steps, losses, state = math.ceil(args.tokens / (B * T)), [], args.out / "state.part"
     began, before = time.monotonic(), step
