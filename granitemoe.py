@@ -336,11 +336,12 @@ def experts_loop(
     """The definition: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where expert e is the k-th
     choice of token x. One expert at a time, on the tokens that chose it. Returns y_ND."""
     y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+    wide_weights_NK = weights_NK.to(y_ND.dtype)
     for e in expert_ids_NK.unique().tolist():  # a GPU's host waits here: synchronises
         tokens, choices = torch.where(expert_ids_NK == e)
         hidden = swiglu(F.linear(x_ND[tokens], gate_up_EPD[e]))
-        rows = F.linear(hidden, down_EDF[e]).to(y_ND.dtype)
-        y_ND.index_add_(0, tokens, rows * weights_NK[tokens, choices, None])
+        rows = F.linear(hidden, down_EDF[e])
+        y_ND.index_add_(0, tokens, rows * wide_weights_NK[tokens, choices, None])
     return y_ND.to(x_ND.dtype)
 
 
@@ -611,10 +612,9 @@ class GraniteMoeForCausalLM(nn.Module):
         x, router_logits = self.model(input_ids, attention_mask, position_ids, cache)
         x = x[:, -logits_to_keep:]  # all of them for 0
         if config.tie_word_embeddings:  # reads another module's weight: offloading cannot follow
-            logits = F.linear(x, self.model.embed_tokens.weight)
+            logits = F.linear(x, self.model.embed_tokens.weight) / config.logits_scaling
         else:
-            logits = self.lm_head(x)
-        logits = logits / config.logits_scaling
+            logits = self.lm_head(x) / config.logits_scaling
         loss = None
         if labels is not None:
             predicted = logits[:, :-1].float().flatten(0, 1)
