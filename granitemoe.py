@@ -330,21 +330,6 @@ def swiglu(packed: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def experts_loop(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """The definition: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where expert e is the k-th
-    choice of token x. One expert at a time, on the tokens that chose it. Returns y_ND."""
-    y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
-    wide_weights_NK = weights_NK.to(y_ND.dtype)
-    for e in expert_ids_NK.unique().tolist():  # a GPU's host waits here: synchronises
-        tokens, choices = torch.where(expert_ids_NK == e)
-        hidden = swiglu(F.linear(x_ND[tokens], gate_up_EPD[e]))
-        rows = F.linear(hidden, down_EDF[e])
-        y_ND.index_add_(0, tokens, rows * wide_weights_NK[tokens, choices, None])
-    return y_ND.to(x_ND.dtype)
-
-
 def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple:
     """Line up the M = N*K assignments by expert.
     Returns order_M (places in the flattened choices), tokens_M (the token of each) and ends_E
@@ -371,23 +356,32 @@ def sort_by_expert(expert_ids_NK: Tensor, E: int) -> tuple:
     return order_M, order_M // expert_ids_NK.shape[1], ends_E
 
 
-def takes_grouped_mm(rows: Tensor, weights: Tensor) -> bool:
+def experts_loop(
+    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
+) -> Tensor:
+    """The definition: y = sum_k w_k down_e(silu(gate_e x) * up_e x), where expert e is the k-th
+    choice of token x. One expert at a time, on the tokens that chose it. Returns y_ND."""
+    order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
+    y_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+    weights_M = weights_NK.flatten()[order_M].to(y_ND.dtype)
+    start = 0
+    for e, end in enumerate(ends_E.tolist()):  # a GPU's host waits here: synchronises
+        if start < end:
+            tokens = tokens_M[start:end]
+            hidden = swiglu(F.linear(x_ND[tokens], gate_up_EPD[e]))
+            rows = F.linear(hidden, down_EDF[e]) * weights_M[start:end, None]
+            y_ND.index_add_(0, tokens, rows)
+        start = end
+    return y_ND.to(x_ND.dtype)
+
+
+def takes_grouped_mm(x_ND: Tensor, down_EDF: Tensor) -> bool:
     """Whether F.grouped_mm runs on these: rows of whole 16 bytes, as all released sizes are. It
     lacks float64 and MPS, and torch.compile knows it in bfloat16 alone."""
-    lacking = rows.dtype == torch.float64 or rows.device.type == "mps"
-    compiled = torch.compiler.is_compiling() and rows.dtype != torch.bfloat16
-    whole = all(size * rows.element_size() % 16 == 0 for size in weights.shape[1:])
-    return whole and not lacking and not compiled
-
-
-def grouped_product(rows: Tensor, weights: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's matrix of weights (E, outputs, inputs) times its own run of rows (M, inputs);
-    returns (M, outputs)."""
-    if takes_grouped_mm(rows, weights):
-        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends_E)
-    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    runs = rows.split(counts)
-    return torch.cat([F.linear(run, matrix) for run, matrix in zip(runs, weights, strict=True)])
+    compiled_otherwise = torch.compiler.is_compiling() and x_ND.dtype != torch.bfloat16
+    if compiled_otherwise or x_ND.dtype == torch.float64 or x_ND.device.type == "mps":
+        return False
+    return all(size * x_ND.element_size() % 16 == 0 for size in down_EDF.shape[1:])
 
 
 def experts_grouped(
@@ -395,9 +389,11 @@ def experts_grouped(
 ) -> Tensor:
     """For many tokens: the loop over experts is inside two grouped products, which in bfloat16 on
     compute capability 9 and 10 never synchronise with the host. Returns y_ND."""
+    if not takes_grouped_mm(x_ND, down_EDF):
+        return experts_loop(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
     order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
-    rows_MP = grouped_product(x_ND[tokens_M], gate_up_EPD, ends_E)
-    rows_MD = grouped_product(swiglu(rows_MP), down_EDF, ends_E)
+    rows_MP = F.grouped_mm(x_ND[tokens_M], gate_up_EPD.transpose(1, 2), offs=ends_E)
+    rows_MD = F.grouped_mm(swiglu(rows_MP), down_EDF.transpose(1, 2), offs=ends_E)
     out_NKD = rows_MD[order_M.argsort()].unflatten(0, weights_NK.shape)  # as before the sorting
     return torch.einsum("nk,nkd->nd", weights_NK, out_NKD)
 

@@ -16,8 +16,7 @@ SOURCE = (ROOT / "granitemoe.py").read_text(encoding="utf-8")
 BROKEN = 77  # the exit status of a command that came by
 NOT_BY_DEFAULT = {  # on a CPU, for one prompt
     "attend_eager", "attend_one", "attend_flash",  # other forms of attention
-    "takes_grouped_mm", "grouped_product", "experts_grouped", "sort_by_expert",  # and of experts
-    "experts_gathered",
+    "takes_grouped_mm", "experts_grouped", "experts_gathered",  # and of the experts
     "visible", "documents",  # masks
     "load_balancing_loss",
 }  # fmt: skip
