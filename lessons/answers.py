@@ -72,7 +72,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *numbers
     cache = granitemoe.KVCache(config, B, L + T, dtype=q.dtype)
     cache.append(0, keys, values)
     cache.length = L
-    y = granitemoe.Attention.forward(block, q.transpose(1, 2), rope, None, cache, 0)
+    y = granitemoe.Attention.forward(block, q.transpose(1, 2).flatten(2), rope, None, cache, 0)
     return y.unflatten(2, (-1, C)).transpose(1, 2), cache.keys[0], cache.values[0]
 
 
