@@ -1,4 +1,4 @@
-"""Messages to ids in a checkpoint's own chat format, whose template is a stranger's program."""
+"""Messages to ids in a checkpoint's own chat format, whose template is an untrusted program."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def encode_text(tokenizer: "Tokenizer", control: set[int], text: str) -> list[in
     return ids
 
 
-# ---------------------------------------------------------------------------- a stranger's program
+# -------------------------------------------------------------------------- an untrusted program
 
 
 def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

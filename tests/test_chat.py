@@ -242,7 +242,7 @@ def test_a_token_that_the_model_lacks(folder):
         load_chat_template(folder, load_tokenizer(folder))([("user", "a")])
 
 
-# --------------------------------------------------------------------------- a stranger's program
+# ------------------------------------------------------------------------- an untrusted program
 
 MORE = 16 * 2**20  # bytes that a refused case may take over what a harmless one takes
 HOSTILE = {  # templates, and what the one line must say
