@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def load_model(
     attention_backend, experts_backend: names in granitemoe's ATTENTION and EXPERTS, "batched", or
     "auto", which suits the device: see model.config for what it took.
     progress: called after each tensor with how many are read, and of how many.
-    Memory never holds more than the model and one tensor, and nothing stays tied to the files.
+    Memory never holds more than the model and a few tensors, and nothing stays tied to the files.
     Raises CheckpointError for what is missing, unexpected, damaged or not finite, and its base
     class ValueError for arguments."""
     folder = checkpoint.find_folder(path)
@@ -99,17 +99,19 @@ def generate(
     Row i draws from a generator of its own, seeded with seed + i, so that it does not depend on
     its neighbours; seed None takes random ones.
     cache: continue after the tokens that it holds (one row only); the last id yielded is not in it.
-    compiled: take the steps of fast.step, which says where there are none.
-    Raises ValueError for bad arguments at once, and for logits that are not finite, at their step.
+    compiled: take the steps of fast.step.
+    Raises ValueError for bad arguments at once; at the first step, where there is no compiled form;
+    and at its step, for logits that are not finite.
     """
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     context = model.config.max_position_embeddings
     if cache is not None:
         context = min(context, cache.max_length) - cache.length
     check_prompts(prompts, model.config.vocab_size - 1, context)
-    if cache is not None and len(prompts) > 1:
-        raise ValueError(f"prompts: must be one with a cache, got {len(prompts)}")
-    limits = [min(max_new_tokens, context - len(ids)) for ids in prompts]
+    if cache is not None and max(len(prompts), len(cache.ids)) > 1:
+        raise ValueError("prompts: must be one with a cache, and the cache of one row")
+    prompts = [[int(i) for i in ids] for ids in prompts]  # NumPy's integers would wrap round
+    limits = [min(int(max_new_tokens), context - len(ids)) for ids in prompts]
     ends = end_tokens(model, eos_token_ids)
     return continued(model, prompts, limits, sampling, ends, cache, compiled)
 
@@ -120,7 +122,7 @@ def continued(model, prompts, limits, sampling, ends, cache, compiled) -> Iterat
     if max(limits) < 1:
         return
     weight = model.model.norm.weight
-    device, V = weight.device, model.config.vocab_size
+    device = weight.device
     B = len(prompts)
     longest = max(map(len, prompts))
     if cache is None:
@@ -129,7 +131,8 @@ def continued(model, prompts, limits, sampling, ends, cache, compiled) -> Iterat
     # pad on the left, so that all rows go on at the same slot of the cache
     pads = torch.tensor([[longest - len(ids)] for ids in prompts], device=device)
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
-    seen = torch.zeros(B, V, dtype=torch.bool, device=device)  # for the repetition penalty
+    # (B, V), for the repetition penalty
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
     for row, ids in enumerate(prompts):
         seen[row, cache.ids[row, : cache.length].tolist() + ids] = True
     generators = row_generators(sampling.seed, B)
@@ -188,11 +191,9 @@ def check_prompts(prompts, last, context) -> None:
 def end_tokens(model: GraniteMoeForCausalLM, given) -> set[int]:
     """Those given or, for None, the model's own: its config names none, one or several."""
     ends = model.config.eos_token_id if given is None else given
-    if ends is None:
-        return set()
     if isinstance(ends, Integral):
         return {ends}
-    return set(ends)
+    return set(ends or ())
 
 
 # ------------------------------------------------------------------------------------ the next id
@@ -280,8 +281,9 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generators: list) -
     return ids.clamp(max=logits.shape[-1] - 1), finite  # rounding may reach the sum
 
 
-def row_generators(seed: int | None, rows: int) -> list:
-    """One a row: a row does not depend on its neighbours, nor the caller's random state on us."""
+def row_generators(seed, rows) -> list:
+    """One for each row: its samples do not depend on other rows, nor the caller's random state on
+    us."""
     generators = [torch.Generator() for _ in range(rows)]
     for row, generator in enumerate(generators):
         generator.seed() if seed is None else generator.manual_seed(int(seed) + row)
@@ -379,7 +381,8 @@ def stream(model, prompts, heads, decode, args, cache=None) -> list[TextStream]:
 # --------------------------------------------------------------------------------- a conversation
 def converse(model, chat, messages, decode, args) -> None:
     """One message a line from standard input; tokens that the cache holds are not read again."""
-    weight, room = model.model.norm.weight, min(model.config.max_position_embeddings, CHAT_TOKENS)
+    weight = model.model.norm.weight
+    room = min(model.config.max_position_embeddings, CHAT_TOKENS)
     cache = KVCache(model.config, 1, room, device=weight.device, dtype=weight.dtype)
     for text in terminal.typed_messages():
         messages.append(("user", text))
@@ -398,7 +401,7 @@ def converse(model, chat, messages, decode, args) -> None:
 # ------------------------------------------------------------------------------------ the command
 def complete(args: argparse.Namespace) -> None:
     """Check those of the command's arguments that are generate's and load_model's."""
-    names = Sampling.__dataclass_fields__
+    names = [field.name for field in fields(Sampling)]
     args.sampling = Sampling(**{name: getattr(args, name) for name in names})
     args.device = checkpoint.pick_device(args.device)
 

@@ -111,7 +111,8 @@ class GraniteMoeConfig:
     @classmethod
     def from_dict(cls, data: dict) -> "GraniteMoeConfig":
         """Take a parsed config.json as transformers 4 or 5 writes it; unknown keys are ignored.
-        Raises ValueError for missing fields and for features that this model does not have."""
+        Raises ValueError for missing fields and for features that this model does not have. Types
+        and ranges are not checked: whoever reads a file does that."""
         data = dict(data)
         refuse_unless(data, "model_type", "granitemoe")
         refuse_unless(data, "attention_bias", False, None)
@@ -200,8 +201,8 @@ def visible(slots: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def documents(position_ids: Tensor) -> Tensor:
-    """(B, 1, T, T), True where a query may look if rows are packed with documents: another one
-    begins where positions do not go on by one, as in transformers."""
+    """(B, 1, T, T), True where a query may look when a row holds several documents: a new one
+    begins where a position is not the one before plus 1, as in transformers."""
     begins = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
     number = begins.cumsum(dim=1)  # (B, T)
     return (number[:, None] == number[..., None]).tril()[:, None]
@@ -388,7 +389,8 @@ def experts_grouped(
     x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
 ) -> Tensor:
     """For many tokens: the loop over experts is inside two grouped products, which in bfloat16 on
-    compute capability 9 and 10 never synchronise with the host. Returns y_ND."""
+    compute capability 9 and 10 never synchronise with the host. Where F.grouped_mm cannot run,
+    experts_loop does. Returns y_ND."""
     if not takes_grouped_mm(x_ND, down_EDF):
         return experts_loop(x_ND, gate_up_EPD, down_EDF, weights_NK, expert_ids_NK)
     order_M, tokens_M, ends_E = sort_by_expert(expert_ids_NK, len(gate_up_EPD))
@@ -490,7 +492,7 @@ class DecoderLayer(nn.Module):
 
 
 def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None) -> None:
-    """Raises ValueError for shapes that would broadcast or write where they should not."""
+    """Raises ValueError for ids, a mask or a cache of other shapes."""
     shape = input_ids.shape
     if input_ids.dtype not in (torch.int64, torch.int32) or len(shape) != 2 or 0 in shape:
         raise ValueError(f"input_ids: must be integers (B, T), got {input_ids.dtype}, {shape}")

@@ -14,7 +14,8 @@ Step = Callable[[Tensor], Tensor]
 
 
 def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Step:
-    """A function that continues the rows of a cache, once a reply: logits = step(ids).
+    """Call this once for each reply. It returns a function that continues the rows of a cache:
+    logits = step(ids).
 
     pads (B, 1): how many slots of the cache each row leaves empty on the left. ids (B, T), int64:
     new tokens. Logits (B, V), float32: after the last of them, on the model's device, valid until
@@ -29,7 +30,7 @@ def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Step:
     return part.step(model, cache, pads)
 
 
-def check(model: GraniteMoeForCausalLM, cache: KVCache) -> None:
+def check(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
     """What both parts ask for. Raises ValueError where the steps would not be this model's, or not
     fit this cache."""
     c, weight = model.config, model.model.norm.weight
@@ -42,11 +43,12 @@ def check(model: GraniteMoeForCausalLM, cache: KVCache) -> None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(f"compiled steps: call no hooks; {name!a:.60} has a forward hook")
-    expected = (c.num_hidden_layers, c.num_key_value_heads, c.head_dim, weight.dtype, weight.device)
-    L, _, G, _, C = cache.keys.shape
-    got = (L, G, C, cache.keys.dtype, cache.keys.device)
+    sizes = (c.num_hidden_layers, len(pads), c.num_key_value_heads, c.head_dim)
+    expected = (*sizes, weight.dtype, weight.device)
+    L, B, G, _, C = cache.keys.shape
+    got = (L, B, G, C, cache.keys.dtype, cache.keys.device)
     if got != expected:
-        raise ValueError(f"cache: (layers, G, C, dtype, device) must be {expected}, is {got}")
+        raise ValueError(f"cache: (layers, B, G, C, dtype, device) must be {expected}, is {got}")
 
 
 def description(model: GraniteMoeForCausalLM) -> str:
@@ -64,5 +66,6 @@ def pays(model: GraniteMoeForCausalLM) -> bool:
     from fast import cpu
 
     weight = model.model.norm.weight
-    possible = weight.device.type == "cpu" and weight.dtype in cpu.DTYPES and cpu.has_compiler()
-    return possible and model.num_parameters() > 1e8
+    if model.num_parameters() < 1e8 or weight.device.type != "cpu":
+        return False
+    return weight.dtype in cpu.DTYPES and cpu.has_compiler()

@@ -55,7 +55,11 @@ DTYPES = {torch.bfloat16: [], torch.float32: ["-DWEIGHT=float"]}
 
 def compiler() -> list[str]:
     """The command that compiles C: $CC, else cc."""
-    return shlex.split(os.environ.get("CC", "")) or ["cc"]
+    wanted = os.environ.get("CC", "")
+    try:
+        return shlex.split(wanted) or ["cc"]
+    except ValueError:  # a quotation mark without its other one: no such command is found
+        return [wanted]
 
 
 def has_compiler() -> bool:
@@ -82,7 +86,7 @@ def compile_step(dtype: torch.dtype, file: Path) -> None:
 
 
 def built_name(dtype: torch.dtype) -> str:
-    """Another one for whatever may make another library: the processor, too."""
+    """A file name that changes with all that can change the library, the processor included."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     found = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
@@ -175,8 +179,8 @@ Model = struct(SIZES, SCALARS, TENSORS)
 
 
 def weights_of(model: GraniteMoeForCausalLM) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Those outside the layers by their names in C, and those of the layers in turn, as they are
-    now: a step keeps them, whatever becomes of the model. Raises ValueError for other models."""
+    """The weights outside the layers, by their names in C, and those of the layers in order. A step
+    keeps these tensors, whatever happens to the model later. Raises ValueError for other models."""
     body, tied = model.model, model.config.tie_word_embeddings
     head = body.embed_tokens if tied else model.lm_head
     outer = {"embed_tokens": body.embed_tokens.weight, "norm": body.norm.weight}
@@ -353,7 +357,7 @@ def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable
     if weight.device.type != "cpu" or weight.dtype not in DTYPES:
         what = f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}"
         raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
-    check(model, cache)
+    check(model, cache, pads)
     one_token, last_pad = token_step(model, cache, pads), int(pads.max())
 
     @torch.no_grad()

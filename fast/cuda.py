@@ -170,7 +170,7 @@ def captured(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Call
 # ------------------------------------------------------------------------------------------- both
 def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
     """See fast.step. Prompts run as in granitemoe.py."""
-    check(model, cache)
+    check(model, cache, pads)
     one_token, last_pad = captured(model, cache, pads), int(pads.max())
     slots = torch.arange(cache.max_length, device=pads.device)
     mask = slots >= pads

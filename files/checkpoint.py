@@ -1,7 +1,7 @@
 """A checkpoint that somebody brings: found, checked by its headers, read into memory of our own.
 
-Files are not trusted. Every refusal of a config or of weights is in this file: what headers can
-show is refused before the model is built, what only values show while they are read.
+Files are not trusted. What headers can show is refused before the model is built; what only values
+show, while they are read. GraniteMoeConfig itself refuses features that the model does not have.
 """
 
 import json
@@ -223,7 +223,7 @@ class Stored(NamedTuple):
 
 
 def state_of(file: BinaryIO) -> tuple:
-    """Another one for another file, or if it is written to."""
+    """Changes if the file is replaced or written to."""
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 

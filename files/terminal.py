@@ -110,7 +110,7 @@ def read_line() -> bytes:
 
 
 def typed_messages() -> Iterator[str]:
-    """The lines of standard input that are texts; of others, what is wrong."""
+    """Yields each line of standard input that is valid text; of any other, says what is wrong."""
     while line := read_line():
         try:
             text = decode_prompt(line.rstrip(b"\r\n"))
@@ -184,7 +184,7 @@ def add_options(parser: Parser, dtypes: Iterable, attention: Iterable, experts: 
     add("--raw-ids", action="store_true", help="prompts and output are token ids")
     add("--device", default="auto", help="auto (default), cpu, mps, cuda or cuda:N")
     add("--dtype", choices=dtypes, help="default: the checkpoint's")
-    forms = "same numbers, another speed (default: auto)"
+    forms = "same numbers, other speed and memory (default: auto)"
     add("--attention", choices=("auto", *attention), default="auto", help=forms)
     add("--experts", choices=("auto", "batched", *experts), default="auto", help=forms)
     add("--compile", action="store_true", help="the same model once more for speed (see fast/)")

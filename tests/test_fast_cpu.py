@@ -852,6 +852,15 @@ def test_a_compiler_that_fails(text, words, fresh, folder, tmp_path, monkeypatch
     assert not [*fresh.iterdir()]
 
 
+def test_a_compiler_that_cannot_be_split(fresh, folder, monkeypatch):
+    """A quotation mark alone: --compile says so, and without it nobody asks."""
+    monkeypatch.setenv("CC", '"')
+    model = generate.load_model(folder)
+    assert not cpu.has_compiler() and not fast.pays(model)
+    with pytest.raises(ValueError, match="need a C compiler; tried"):
+        collect(model, [[5]], 2, compiled=True)
+
+
 @pytest.mark.parametrize("lacks, form", (
     ("-fopenmp", "C, in one thread .no OpenMP."), ("-march=native", "C"), ("nothing", "C"),
 ))  # fmt: skip
@@ -953,11 +962,15 @@ def test_dropout_is_not_compiled(folder):
 def test_caches_that_are_not_compiled(folder):
     """Of another dtype or of another model: C takes its sizes from the config."""
     model = generate.load_model(folder)
-    words = r"cache: \(layers, G, C, dtype, device\) must be \(2, 2, 8, torch.float32, .*, is "
+    words = (
+        r"cache: \(layers, B, G, C, dtype, device\) must be \(2, 1, 2, 8, torch.float32, .*, is "
+    )
     refused(model, words, KVCache(model.config, 1, 9, dtype=torch.bfloat16))
     refused(model, words, KVCache(model.config, 1, 9, dtype=torch.float64))
     with pytest.raises(ValueError, match=words):
         cpu.step(model, KVCache(model.config, 1, 9, device="meta"), no_pads(1))
+    with pytest.raises(ValueError, match=words):
+        cpu.step(model, KVCache(model.config, 2, 9), no_pads(1))
     for change in ({"num_hidden_layers": 3}, {"num_key_value_heads": 4}, {"hidden_size": 64}):
         refused(model, words, KVCache(replace(model.config, **change), 1, 9))
 

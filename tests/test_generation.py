@@ -14,6 +14,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -224,6 +225,18 @@ def test_cache_of_generate(model):
         generate.generate(model, PROMPTS, 3, cache=cache)
     with pytest.raises(ValueError, match="prompts"):
         generate.generate(model, [[5] * 25], 3, cache=cache)
+    for compiled in (False, True):  # in C, a row that is not given would be read all the same
+        with pytest.raises(ValueError, match="cache of one row"):
+            generate.generate(
+                model, [[5]], 3, cache=KVCache(model.config, 2, 30), compiled=compiled
+            )
+
+
+def test_numpy_integers_are_ids(model):
+    """Small ones, too, which would wrap round where a length is added to them."""
+    prompt = [np.uint8(i) for i in [7] * 40]
+    expected = collect(model, [[7] * 40], 24, eos_token_ids=())
+    assert collect(model, [prompt], np.uint8(24), eos_token_ids=()) == expected
 
 
 # ------------------------------------------------------------------------------------------ faults
