@@ -557,6 +557,7 @@ USAGE = {  # what is wrong: the arguments, words of the error
     "ids x": (["--raw-ids", "5 x"], "--raw-ids"),
     "ids 10^30": (["--raw-ids", str(10**30)], "--raw-ids"),
     "compile a loop": (["--compile", "--experts", "loop"], "--compile --experts batched"),
+    "compile eager": (["--compile", "--attention", "eager"], "--compile --attention auto"),
     "empty prompt": ([""], "PROMPT empty"),
     "blank prompt": ([" \n"], "PROMPT empty"),
     "surrogate": (["a\udcff"], "PROMPT UTF-8"),
