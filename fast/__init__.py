@@ -51,6 +51,21 @@ def check(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
         raise ValueError(f"cache: (layers, B, G, C, dtype, device) must be {expected}, is {got}")
 
 
+class Guard:
+    """Whether a model is the one that compiled steps compute, and its memory still there."""
+
+    def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
+        check(model, cache, pads)
+        self.cache = cache
+
+    def look(self, ids: Tensor) -> bool:
+        """Before each step: whether memory has moved. Raises ValueError."""
+        end, room = self.cache.length + ids.shape[1], self.cache.max_length
+        if end > room:
+            raise ValueError(f"cache: {end} tokens do not fit in {room}")
+        return False
+
+
 def description(model: GraniteMoeForCausalLM) -> str:
     """How the steps of a model run, in words, if step takes it."""
     weight = model.model.norm.weight

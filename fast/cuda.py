@@ -1,191 +1,363 @@
-"""The step of one token a row on CUDA, captured as one graph: one launch a step.
+"""The forward pass on CUDA: the kernels of kernels.py, their memory, and CUDA graphs of them.
 
 What a card measured is in bench/RESULTS.md.
 """
 
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fast import check
-from granitemoe import (
-    DecoderLayer,
-    GraniteMoeForCausalLM,
-    KVCache,
-    attend_one,
-    experts_gathered,
-    experts_grouped,
-    rope_tables,
-    rotate,
-)
+from fast import Guard
+from granitemoe import DecoderLayer, GraniteMoeConfig, GraniteMoeForCausalLM, KVCache, rope_tables
+
+try:
+    from triton import cdiv, next_power_of_2
+
+    from fast import kernels
+except ImportError:  # Windows, macOS and PyTorch's build for CPUs have no Triton
+    kernels = None
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEPENDENT = True  # programmatic dependent launch where a card has it; off, profiles are plain
+PIECE = 2048  # tokens of all rows that go through the kernels at once, at most
+FEW_ROWS = 4  # up to so many, a step is organised by outputs
+
+# Block sizes, warps and stages of each kernel, as a sweep on a card chose them (bench/RESULTS.md).
+FEW = {
+    "embed": {"num_warps": 4},
+    "attn_in": {"BN": 4, "num_warps": 4},
+    "attend": {"BS": 64, "num_warps": 4, "num_stages": 3},
+    "attn_out": {"BN": 4, "num_warps": 8},
+    "route": {"BE": 2, "num_warps": 4},
+    "gate_up": {"BN": 4, "num_warps": 2},
+    "down": {"BN": 2, "num_warps": 8},
+    "head": {"BN": 16, "num_warps": 8},
+}
+STEP = {  # one token of each of many rows
+    "embed": {"num_warps": 4},
+    "add_norm": {"num_warps": 8},
+    "attn_in_many": {"BM": 64, "BN": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
+    "attend": {"BS": 64, "num_warps": 2, "num_stages": 3},
+    "attn_out_many": {"BM": 64, "BN": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
+    "route_many": {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 3},
+    "sort_by_expert": {"num_warps": 8},
+    "gate_up_many": {"BM": 32, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 4},
+    "down_many": {"BM": 32, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 4},
+    "head_many": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+}
+SHORT = {  # prompts of up to SHORT_PIECE tokens in all
+    "embed": {"num_warps": 4},
+    "add_norm": {"num_warps": 4},
+    "attn_in_many": {"BM": 64, "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 3},
+    "attend_many": {"BM": 64, "BS": 64, "num_warps": 4, "num_stages": 3},
+    "attn_out_many": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+    "route_many": {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 3},
+    "sort_by_expert": {"num_warps": 8},
+    "gate_up_many": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
+    "down_many": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
+    "head_many": {"BM": 16, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
+}
+SHORT_PIECE = 512
+LONG = SHORT | {
+    "attn_in_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "attend_many": {"BM": 128, "BS": 64, "num_warps": 8, "num_stages": 3},
+    "attn_out_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "gate_up_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "down_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+}
 
 
-# ------------------------------------------------------------------------------------------ experts
-def grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the grouped product never synchronises with the host: Hopper (9) and the Blackwell of
-    data centres (10), in bfloat16. Elsewhere, as on a GeForce (12), it cannot be captured."""
-    fast = device.type == "cuda" and dtype == torch.bfloat16
-    return fast and torch.cuda.get_device_capability(device)[0] in (9, 10)
+# ------------------------------------------------------------------------------------------ sizes
+def check_sizes(c: GraniteMoeConfig, rows: int) -> None:
+    """Raises ValueError for sizes that the kernels do not take."""
+    if c.head_dim > 256:
+        raise ValueError(f"compiled steps: head_dim is at most 256, got {c.head_dim}")
+    if c.num_local_experts > 256:
+        raise ValueError(f"compiled steps: at most 256 experts, got {c.num_local_experts}")
+    tokens = max(PIECE, rows)
+    K, D, F = c.num_experts_per_tok, c.hidden_size, c.intermediate_size
+    places = max(tokens * K * max(D, F), rows * c.vocab_size, c.vocab_size * D)
+    if places >= 2**31:
+        raise ValueError(f"compiled steps: a tensor of {places} numbers is too large for them")
 
 
-def experts_pieces(
-    x_ND: Tensor, gate_up_EPD: Tensor, down_EDF: Tensor, weights_NK: Tensor, expert_ids_NK: Tensor
-) -> Tensor:
-    """experts_gathered for so many rows at a time that it gathers no more than E experts, whose
-    memory a batch does not multiply. Never synchronises with the host. Returns y_ND."""
-    rows = max(1, len(gate_up_EPD) // expert_ids_NK.shape[1])
-    parts = zip(x_ND.split(rows), weights_NK.split(rows), expert_ids_NK.split(rows), strict=True)
-    return torch.cat([experts_gathered(x, gate_up_EPD, down_EDF, w, ids) for x, w, ids in parts])
+def letters(c: GraniteMoeConfig) -> dict[str, int]:
+    """The sizes by their letters in kernels.py. Tensor cores take blocks of at least 16."""
+    D, C, E, K = c.hidden_size, c.head_dim, c.num_local_experts, c.num_experts_per_tok
+    H, G, F = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size
+    sizes = {"V": c.vocab_size, "D": D, "H": H, "G": G, "C": C, "E": E, "K": K, "F": F, "R": H // G}
+    for name in ("D", "F", "K"):
+        sizes[name + "P"] = next_power_of_2(sizes[name])
+    for name in ("C", "E", "R"):
+        sizes[name + "P"] = max(16, next_power_of_2(sizes[name]))
+    return sizes
 
 
-def pick_experts(model: GraniteMoeForCausalLM, rows: int) -> Callable:
-    """The form of the experts in a captured step of so many rows, which may not synchronise."""
-    c, weight = model.config, model.model.norm.weight
-    many = rows * c.num_experts_per_tok > c.num_local_experts
-    if many and grouped_kernel(weight.device, weight.dtype):
-        return experts_grouped
-    return experts_pieces
+def takes_few(c: GraniteMoeConfig, rows: int) -> bool:
+    """Whether a step is organised by outputs: few rows, and sizes whose weights fit registers."""
+    block = next_power_of_2(c.num_experts_per_tok) * next_power_of_2(c.intermediate_size)
+    return rows <= FEW_ROWS and c.hidden_size <= 4096 and block <= 2**14
 
 
-# -------------------------------------------------------------------------- one token, fixed shapes
-def token_layer(
-    layer: DecoderLayer, x: Tensor, rope: list, mask: Tensor, past: list, experts: Callable
-) -> Tensor:
-    """DecoderLayer.forward for one token a row.
-
-    x (B, 1, D); mask (B, 1, 1, S): of the S slots to look at, it hides those that are not filled;
-    past: keys and values (B, G, max_length, C), and the slot to write (1,), a tensor, so that
-    shapes stay the same for any length. Returns (B, 1, D)."""
-    attention, moe, (keys, values, at) = layer.self_attn, layer.block_sparse_moe, past
-    c, h = attention.config, layer.input_layernorm(x)
-    q = attention.q_proj(h).view(len(x), -1, 1, c.head_dim)
-    k = attention.k_proj(h).view(len(x), -1, 1, c.head_dim)
-    v = attention.v_proj(h).view(len(x), -1, 1, c.head_dim)
-    k = keys.index_copy_(2, at, rotate(k, *rope))[:, :, : mask.shape[3]]
-    v = values.index_copy_(2, at, v)[:, :, : mask.shape[3]]
-    rows = rotate(q, *rope).view(len(x), c.num_key_value_heads, -1, c.head_dim)
-    y = attend_one(rows, k, v, mask, c.attention_multiplier, 0.0)
-    x = x + attention.o_proj(y.reshape(x.shape)) * layer.residual_multiplier
-    h_ND = layer.post_attention_layernorm(x)[:, 0]
-    _, weights_NK, expert_ids_NK = moe.router(h_ND)
-    matrices = (moe.input_linear.weight, moe.output_linear.weight)
-    y_ND = experts(h_ND, *matrices, weights_NK, expert_ids_NK)
-    return x + y_ND[:, None] * layer.residual_multiplier
+def splits(rows: int, G: int, room: int) -> int:
+    """How many programs share a key head's slots: two for each of a card's processors, but not
+    more than a cache of `room` slots has work for."""
+    most = 8 if room <= 2048 else 32
+    return max(1, min(most, next_power_of_2(cdiv(264, rows * G))))
 
 
-def token_logits(
-    model: GraniteMoeForCausalLM, cache: KVCache, at: Tensor, room: int, ids: Tensor, pads: Tensor
-) -> Tensor:
-    """Logits (B, V) after ids (B, 1), which go to slot `at` (1,) of the cache.
+# ------------------------------------------------------------------------------------- one forward
+class Forward:
+    """The kernels for T tokens of each of B rows, with memory of their own. The first call launches
+    them one by one, which compiles what is not compiled; the second captures a CUDA graph."""
 
-    room: how many slots to look at; pads (B, 1): how many of them each row leaves empty on the
-    left."""
-    c, experts = model.config, pick_experts(model, len(ids))
-    cache.ids.index_copy_(1, at, ids)
-    x = model.model.embed_tokens(ids) * c.embedding_multiplier
-    rope = rope_tables(at - pads, c, x.dtype)
-    slots = torch.arange(room, device=x.device)
-    mask = ((slots >= pads) & (slots <= at))[:, None, None]
-    for i, layer in enumerate(model.model.layers):
-        past = [cache.keys[i], cache.values[i], at]
-        x = token_layer(layer, x, rope, mask, past, experts)
-    head = model.model.embed_tokens if c.tie_word_embeddings else model.lm_head
-    return (F.linear(model.model.norm(x)[:, -1], head.weight) / c.logits_scaling).float()
+    def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, T: int) -> None:
+        c, B = model.config, len(pads)
+        self.model, self.cache, self.B, self.T, self.N = model, cache, B, T, B * T
+        self.sizes, self.few = letters(c), T == 1 and takes_few(c, B)
+        self.options = FEW if self.few else STEP if T == 1 else SHORT
+        if self.N > SHORT_PIECE and T > 1:
+            self.options = LONG
+        self.graph, self.calls = None, 0
+        device, dtype = cache.keys.device, cache.keys.dtype
+        newest = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self.sizes["PDL"] = DEPENDENT and newest and not torch.version.hip
+
+        def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=of, device=device)
+
+        D, H, G, C, E, K, F = (self.sizes[name] for name in "DHGCEKF")
+        N, whole, single = self.N, torch.int32, torch.float32
+        self.ids = zeros(B, T, of=torch.int64)
+        self.at, self.live = zeros(1, of=whole), torch.full_like(zeros(1, of=whole), T)
+        self.start = pads.flatten().to(whole)
+        slots = torch.arange(cache.max_length, device=device)
+        self.cos, self.sin = rope_tables(slots[None], c, dtype)
+        self.x, self.h, self.y, self.q = zeros(N, D), zeros(N, D), zeros(N, D), zeros(N, H, C)
+        self.hidden, self.logits = zeros(N * K, F), zeros(B, c.vocab_size, of=single)
+        self.splits = splits(B, G, cache.max_length)
+        self.ended = zeros(B * G, of=whole)  # of attend; 0 between launches
+        self.shares = zeros(B * H * self.splits * (C + 2), of=single)
+        if self.few:
+            self.scores = zeros(N, E, of=single)
+            return
+        self.blocks = cdiv(N, self.options["route_many"]["BM"])
+        rows = self.options["gate_up_many"]["BM"]
+        self.tile_count = N * K // rows + min(E, N * K)  # at most; others are of no expert
+        self.rows, self.w = zeros(N * K, D), zeros(N, K)
+        self.chosen, self.order = zeros(N, K, of=whole), zeros(N * K, of=whole)
+        self.counts, self.tiles = (
+            zeros(self.blocks, E, of=whole),
+            zeros(3, self.tile_count, of=whole),
+        )
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Up to T new tokens (B, any) to the logits (B, V) after the last of them; their keys and
+        values go to the cache."""
+        count = ids.shape[1]
+        self.ids[:, :count] = ids
+        self.at.fill_(self.cache.length)
+        if self.T > 1:
+            self.live.fill_(count)
+        if self.calls == 1:
+            self.graph = capture(self.run)
+        self.calls += 1
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
+        return self.logits
+
+    def run(self) -> None:
+        """Launch the kernels: GraniteMoeForCausalLM.forward."""
+        body, c = self.model.model, self.model.config
+        embedding = body.embed_tokens.weight
+        self.launch("embed", (self.N,), self.ids, embedding, self.x, c.embedding_multiplier)
+        head = embedding if c.tie_word_embeddings else self.model.lm_head.weight
+        if self.few:
+            for i, layer in enumerate(body.layers):
+                self.few_layer(layer, i)
+            grid = (self.blocks_of("head", "BN", c.vocab_size), self.B)
+            norm, scalars = body.norm.weight, (c.rms_norm_eps, c.logits_scaling)
+            self.launch("head", grid, self.x, norm, head, self.logits, *scalars)
+            return
+        norms = [layer.input_layernorm.weight for layer in body.layers] + [body.norm.weight]
+        self.add_norm(norms[0], FIRST=True)
+        for i, layer in enumerate(body.layers):
+            self.many_attention(layer, i)
+            self.many_experts(layer)
+            self.add_norm(norms[i + 1], FIRST=False)
+        grid = (
+            self.blocks_of("head_many", "BN", c.vocab_size),
+            self.blocks_of("head_many", "BM", self.B),
+        )
+        scalars = (c.logits_scaling, self.B, self.T)
+        self.launch("head_many", grid, self.h, head, self.live, self.logits, *scalars)
+
+    def few_layer(self, layer: DecoderLayer, i: int) -> None:
+        """DecoderLayer.forward in six kernels, for few rows."""
+        c, B, sizes, eps = self.model.config, self.B, self.sizes, self.model.config.rms_norm_eps
+        attention, moe, factor = layer.self_attn, layer.block_sparse_moe, c.residual_multiplier
+        keys, values = self.cache.keys[i], self.cache.values[i]
+        heads = sizes["H"] + 2 * sizes["G"]
+        grid = (self.blocks_of("attn_in", "BN", sizes["C"] // 2), heads, B)
+        norm, weights = layer.input_layernorm.weight, projections(attention)
+        places = (self.cos, self.sin, self.at, self.start, self.q, keys, values)
+        self.launch("attn_in", grid, self.x, norm, *weights, *places, eps, self.cache.max_length)
+        self.attend(keys, values)
+        grid = (self.blocks_of("attn_out", "BN", sizes["D"]), B)
+        self.launch("attn_out", grid, self.y, attention.o_proj.weight, self.x, factor)
+        grid = (self.blocks_of("route", "BE", sizes["E"]), B)
+        norm, router = layer.post_attention_layernorm.weight, moe.router.layer.weight
+        self.launch("route", grid, self.x, norm, router, self.h, self.scores, eps)
+        grid = (self.blocks_of("gate_up", "BN", sizes["F"]), sizes["K"], B)
+        self.launch("gate_up", grid, self.h, self.scores, moe.input_linear.weight, self.hidden)
+        grid, weight = (self.blocks_of("down", "BN", sizes["D"]), B), moe.output_linear.weight
+        self.launch("down", grid, self.hidden, self.scores, weight, self.x, factor)
+
+    def attend(self, keys: Tensor, values: Tensor) -> None:
+        """Attention of one new token a row."""
+        grid = (self.splits, self.sizes["G"], self.B)
+        places = (self.q, keys, values, self.at, self.start, self.shares, self.ended, self.y)
+        scalars = (self.model.config.attention_multiplier, self.cache.max_length)
+        self.launch("attend", grid, *places, *scalars, SPLITS=self.splits)
+
+    def many_attention(self, layer: DecoderLayer, i: int) -> None:
+        """The first half of DecoderLayer.forward, for many tokens."""
+        c, N, T, sizes, attention = self.model.config, self.N, self.T, self.sizes, layer.self_attn
+        keys, values, room = self.cache.keys[i], self.cache.values[i], self.cache.max_length
+        half = sizes["C"] // 2
+        pairs = self.blocks_of("attn_in_many", "BN", sizes["H"] * half)
+        pairs += 2 * self.blocks_of("attn_in_many", "BN", sizes["G"] * half)
+        where = (self.at, self.start, self.live)
+        arguments = (self.h, *projections(attention), self.cos, self.sin, *where)
+        grid = (pairs, self.blocks_of("attn_in_many", "BM", N))
+        self.launch("attn_in_many", grid, *arguments, self.q, keys, values, N, T, room)
+        if T == 1:
+            self.attend(keys, values)
+        else:
+            tokens = self.options["attend_many"]["BM"] // sizes["R"]
+            arguments = (self.q, keys, values, *where, self.y, c.attention_multiplier)
+            grid = (self.B * sizes["G"], cdiv(T, tokens))
+            self.launch("attend_many", grid, *arguments, T, room)
+        grid = (
+            self.blocks_of("attn_out_many", "BN", sizes["D"]),
+            self.blocks_of("attn_out_many", "BM", N),
+        )
+        arguments = (self.y, attention.o_proj.weight, self.x, self.live, c.residual_multiplier)
+        self.launch("attn_out_many", grid, *arguments, N, T)
+
+    def many_experts(self, layer: DecoderLayer) -> None:
+        """The second half of DecoderLayer.forward but its sum, which is add_norm's, for many
+        tokens."""
+        sizes, N, tiles, moe = self.sizes, self.N, self.tile_count, layer.block_sparse_moe
+        norm, router = layer.post_attention_layernorm.weight, moe.router.layer.weight
+        arguments = (self.x, norm, router, self.at, self.start, self.live, self.h, self.chosen)
+        scalars = (self.model.config.rms_norm_eps, N, self.T)
+        self.launch("route_many", (self.blocks,), *arguments, self.w, self.counts, *scalars)
+        block, rows = self.options["route_many"]["BM"], self.options["gate_up_many"]["BM"]
+        share = next_power_of_2(cdiv(tiles, self.blocks))
+        arguments = (self.chosen, self.counts, self.order, self.tiles, N, self.blocks, tiles)
+        more = {"BM": block, "ROWS": rows, "BX": share}
+        self.launch("sort_by_expert", (self.blocks,), *arguments, **more)
+        grid = (self.blocks_of("gate_up_many", "BN", sizes["F"]), tiles)
+        arguments = (self.h, self.order, self.tiles, moe.input_linear.weight, self.hidden, tiles)
+        self.launch("gate_up_many", grid, *arguments)
+        grid = (self.blocks_of("down_many", "BN", sizes["D"]), tiles)
+        weight = moe.output_linear.weight
+        self.launch(
+            "down_many", grid, self.hidden, self.order, self.tiles, weight, self.rows, tiles
+        )
+
+    def add_norm(self, norm: Tensor, FIRST: bool) -> None:
+        """The sum over the chosen experts, but before the FIRST layer; then a norm."""
+        c, arguments = self.model.config, (self.rows, self.chosen, self.w, self.x, norm, self.h)
+        scalars = (c.rms_norm_eps, c.residual_multiplier)
+        self.launch("add_norm", (self.N,), *arguments, *scalars, FIRST=FIRST)
+
+    def blocks_of(self, name: str, letter: str, size: int) -> int:
+        """How many programs of a kernel share so many outputs or tokens."""
+        return cdiv(size, self.options[name][letter])
+
+    def launch(self, name: str, grid: tuple, *arguments: Tensor | float, **more: int) -> None:
+        """A kernel with these arguments, the sizes that it names, and its options."""
+        kernel, options = getattr(kernels, name), dict(self.options[name])
+        if self.x.dtype == torch.float32:  # twice the bytes
+            options["num_stages"] = min(2, options.get("num_stages", 2))
+            options["num_warps"] = max(4, options["num_warps"])
+        if self.sizes["PDL"]:
+            options["launch_pdl"] = True
+        sizes = {n: v for n, v in (self.sizes | more).items() if n in kernel.arg_names}
+        kernel[grid](*arguments, **sizes, **options)
 
 
-# ---------------------------------------------------------------------------------------- capturing
-# Streams that no living graph is on, by device. Libraries keep a workspace for each stream seen,
-# so that a new stream for each reply would leak; and PyTorch 2.13 frees a stream's workspaces with
-# any graph captured on it (pytorch#193402), so that two living graphs may not share one.
-IDLE: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+def projections(attention: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    return attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight
 
 
-@contextmanager
-def aside(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
-    """On a stream of the model's card, whichever is current, after what was launched before."""
-    with torch.cuda.device(device):
-        before = torch.cuda.current_stream()
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            yield
-        before.wait_stream(stream)
+def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """What run launches, as one CUDA graph. Other threads may go on allocating meanwhile."""
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    before.wait_stream(stream)
+    return graph
 
 
-@contextmanager
-def one_line() -> Iterator[None]:
-    """Whatever a compiler or a capture raises, of dozens of classes, to ValueError in a line."""
+# ------------------------------------------------------------------------------------------- step
+def piece_size(count: int, rows: int) -> int:
+    """How many tokens of each row a Forward takes, for `count` that are to come: a power of two, so
+    that few sizes are compiled and captured. Places that are left over cost next to nothing."""
+    most = 1 << (max(1, PIECE // rows).bit_length() - 1)
+    least = min(most, max(2, 64 // rows))
+    return min(most, max(least, 1 << (count - 1).bit_length()))
+
+
+def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
+    """See fast.step. Kernels are compiled at their first launch, some seconds in all, and come from
+    Triton's cache in later processes."""
+    if kernels is None:
+        raise ValueError("compiled steps: need Triton on a GPU (pip install triton)")
+    weight, B = model.model.norm.weight, len(pads)
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"compiled steps: need bfloat16, float16 or float32, got {weight.dtype}")
+    check_sizes(model.config, B)
+    guard, last_pad = Guard(model, cache, pads), int(pads.max())
+    forwards: dict[int, Forward] = {}
+
+    @torch.inference_mode()
+    def advance(ids: Tensor) -> Tensor:
+        if guard.look(ids):  # memory has moved: graphs hold addresses
+            forwards.clear()
+        count = ids.shape[1]
+        T = 1 if count == 1 and cache.length >= last_pad else piece_size(count, B)
+        for piece in ids.split(T, dim=1):
+            if T not in forwards:
+                forwards[T] = Forward(model, cache, pads, T)
+            start, end = cache.length, cache.length + piece.shape[1]
+            with torch.cuda.device_of(cache.keys):
+                logits = one_line(forwards[T], piece)
+            cache.ids[:, start:end] = piece
+            cache.length = end
+        return logits
+
+    return advance
+
+
+def one_line(forward: Forward, ids: Tensor) -> Tensor:
+    """forward(ids); whatever a compiler or a capture raises, of dozens of classes, is ValueError in
+    a line."""
     try:
-        yield
+        return forward(ids)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"compiling or capturing failed: {reason:.120}") from None
-
-
-def bucket(length: int, most: int) -> int:
-    """How many slots a graph looks at that has to look at `length`: 64, then doubling."""
-    return min(64 << ((length - 1) // 64).bit_length(), most)
-
-
-def captured(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
-    """The step that replays a CUDA graph of token_logits. It is captured at the first call, on a
-    part of the cache, and anew when that is full."""
-    ids, at = torch.zeros_like(pads), torch.zeros_like(pads[0])
-    room, graph, logits, idle = 0, None, None, IDLE[pads.device]
-    stream = idle.pop() if idle else torch.cuda.Stream(pads.device)
-
-    def record() -> None:
-        nonlocal room, graph, logits
-        graph = logits = None  # frees its memory for the next
-        room = bucket(cache.length + 1, cache.max_length)
-        for filled in (cache.keys, cache.values):
-            filled[:, :, :, cache.length : room] = 0.0  # a mask hides numbers, but not NaN
-        with one_line():
-            for _ in range(2):  # libraries allocate at their first runs
-                token_logits(model, cache, at, room, ids, pads)
-            graph = torch.cuda.CUDAGraph()  # other threads may go on allocating meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                logits = token_logits(model, cache, at, room, ids, pads)
-
-    def replay(new_ids: Tensor) -> Tensor:
-        ids.copy_(new_ids)
-        at.fill_(cache.length)
-        with aside(stream, pads.device):
-            if cache.length >= room:
-                record()
-            graph.replay()
-        cache.length += 1
-        return logits
-
-    weakref.finalize(replay, idle.append, stream)
-    return replay
-
-
-# ------------------------------------------------------------------------------------------- both
-def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
-    """See fast.step. Prompts run as in granitemoe.py."""
-    check(model, cache, pads)
-    one_token, last_pad = captured(model, cache, pads), int(pads.max())
-    slots = torch.arange(cache.max_length, device=pads.device)
-    mask = slots >= pads
-
-    @torch.no_grad()
-    def advance(ids: Tensor) -> Tensor:
-        start, end = cache.length, cache.length + ids.shape[1]
-        if end > cache.max_length:
-            raise ValueError(f"cache: {end} tokens do not fit in {cache.max_length}")
-        if end - start == 1 and start >= max(1, last_pad):
-            return one_token(ids)
-        inputs = {}
-        if last_pad:
-            positions = (slots[start:end] - pads).clamp(min=0)
-            inputs = {"attention_mask": mask[:, :end], "position_ids": positions}
-        return model(ids, cache=cache, logits_to_keep=1, **inputs).logits[:, -1].float()
-
-    return advance
