@@ -8,7 +8,7 @@
 # DRY=1 runs every line on a CPU at toy sizes, to try this script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-export OUT=${OUT:-/tmp/gpu} PY=${PY:-python} PYTHONPATH=.
+export OUT=${OUT:-/tmp/gpu} PY=${PY:-python} PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
 
 card_tests() {
