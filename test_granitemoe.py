@@ -40,10 +40,20 @@ B = 5  # rows
 T = 11  # tokens in each
 LENGTHS = [T, 4, 7, 1, T - 1]  # of the rows, where they are padded
 BACKENDS = list(itertools.product(("eager", "sdpa", "flash"), ("loop", "batched")))
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-DEVICES = ("cpu", pytest.param("cuda", marks=cuda))
+CARD = (  # marks: `pytest -m card` runs what needs a card, which is skipped where there is none
+    pytest.mark.card,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+)
+DEVICES = ("cpu", pytest.param("cuda", marks=CARD))
 backends = pytest.mark.parametrize("attention, experts", BACKENDS)
 sides = pytest.mark.parametrize("side", (None, "left", "right"))
+
+
+def cuda(test):
+    """A decorator: this test needs a card."""
+    for mark in CARD:
+        test = mark(test)
+    return test
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:

@@ -1,45 +1,28 @@
 #!/usr/bin/env bash
-# The first ten minutes on a card: what it says of itself, the kernels that it chooses, the tests that need it, memory
-# over replies, steps of --compile, then prompts and steps beside transformers; a table against the targets last.
+# What a card does with this model, in one process of at most four minutes.
 #
-#     bench/gpu.sh [1b|3b]        PY: which python; OUT: where logs go, /tmp/gpu by default
+#     bench/gpu.sh [--dims 1b,3b] [--no-transformers] [first] [right] [step] [prompts] [profile]
+#     bench/gpu.sh tests      the tests that need a card: in parallel, by pytest-xdist if it is there
 #
-# DRY=1 runs every line on a CPU at toy sizes, the plain step in place of that of --compile, to try this script itself.
+# PY: which python. OUT: where everything is kept as it comes, /tmp/gpu by default.
+# DRY=1 runs every line on a CPU at toy sizes, to try this script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-dims=${1:-1b} PY=${PY:-python} DRY=${DRY:-} failed=0
-export DRY OUT=${OUT:-/tmp/gpu} DIMS=${DRY:+tiny}
-export DIMS=${DIMS:-$dims} PYTHONPATH=.
+export OUT=${OUT:-/tmp/gpu} PY=${PY:-python} PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$OUT"
-rm -f "$OUT/rows.jsonl" "$OUT/all.log"
 
-go() { # seconds, command: its last lines, and whether it ended well
-    local seconds=$1 status
-    shift
-    printf '\n=== %s\n' "$*"
-    timeout "$seconds" "$@" >"$OUT/log" 2>&1
-    status=$?
-    tail -n 30 "$OUT/log" | cut -c1-180
-    cat "$OUT/log" >>"$OUT/all.log"
-    [ $status = 0 ] || { echo "!!! exit $status"; failed=1; }
+card_tests() {
+    local files how=(-m card -q -p no:cacheprovider --tb=short --durations=5)
+    mapfile -t files < <(grep -lE 'CARD|mark\.card' test_granitemoe.py tests/test_*.py)
+    if "$PY" -c "import xdist" 2>/dev/null; then
+        "$PY" -m pytest "${how[@]}" -n 8 --dist worksteal "${files[@]}"
+    else # a process for each file
+        printf '%s\n' "${files[@]}" | xargs -P 8 -I FILE "$PY" -m pytest "${how[@]}" FILE
+    fi
 }
 
-probe() { go "$1" "$PY" bench/gpu.py "${@:2}"; }
-
-probe 60 env
-probe 90 kernels
-echo "-> _math anywhere: a prompt's further pieces or padding fill the memory with scores"
-go 240 "$PY" -m pytest -q -p no:cacheprovider --tb=line tests/test_fast_cuda.py ${DRY:+--collect-only}
-echo "-> a failure here is news: everything that follows rests on these"
-probe 90 plain
-echo "-> largest over 5 x the median: something plans anew for each length, as cuDNN does"
-probe 90 memory
-echo "-> growth: a stream or a graph outlives its reply"
-probe 120 step 1
-echo "-> many launches a layer: read the largest; late far slower than early: attention"
-probe 120 step 64
-echo "-> grouped products under half of the bandwidth: a kernel of our own pays"
-probe 580 speed
-probe 30 table
-echo "all output: $OUT/all.log"
-exit $failed
+if [ "${1:-}" = tests ]; then
+    card_tests 2>&1 | tee -a "$OUT/gpu.log"
+else
+    timeout 270 "$PY" -u bench/gpu.py "$@" 2>&1 | tee -a "$OUT/gpu.log"
+fi

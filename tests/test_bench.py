@@ -119,31 +119,49 @@ def test_the_picture_is_of_the_recorded_run():
     xml.etree.ElementTree.fromstring(picture)
 
 
-@on_posix
-def test_one_of_the_first_minutes_on_a_card(tmp_path):
-    """A probe of gpu.sh, which reads as bash does."""
-    env = os.environ | {"DRY": "1", "DIMS": "tiny", "OUT": str(tmp_path)}
-    env["PYTHONPATH"] = str(BENCH.parents[1])
-    line = [sys.executable, str(BENCH.with_name("gpu.py")), "plain"]
+def dry(tmp_path: Path, *arguments: str) -> tuple[str, list[dict]]:
+    """gpu.sh on a CPU at toy sizes: what it says, and its figures."""
+    env = os.environ | {"DRY": "1", "OUT": str(tmp_path / "out"), "PY": sys.executable}
+    line = ["bash", str(BENCH.with_name("gpu.sh")), *arguments]
     done = subprocess.run(line, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(row) for row in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert any(row["goal"].startswith("plain step") and row["measured"] > 0 for row in rows)
-    subprocess.run(["bash", "-n", str(BENCH.with_name("gpu.sh"))], check=True)
+    assert done.returncode == 0 and "!!!" not in done.stdout, done.stdout[-3000:] + done.stderr
+    rows = (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
+    return done.stdout, [json.loads(row) for row in rows]
+
+
+@on_posix
+def test_some_of_the_minutes_on_a_card(tmp_path):
+    """The sections that transformers has no part in, for one size."""
+    said, rows = dry(tmp_path, "--dims", "1b", "--no-transformers", "first", "right", "profile")
+    found = {row["item"] for row in rows}
+    assert found >= {"limits", "first reply", "right: padded rows", "profile: 64 rows"}
+    assert all(row["verdict"] == "must met" for row in rows if row["item"].startswith("right: o"))
+    assert (tmp_path / "out" / "table.md").read_text() in said and "failed: nothing" in said
 
 
 @on_posix
 @thorough
-def test_the_first_minutes_on_a_card(tmp_path):
-    """Every line of gpu.sh, on a CPU at toy sizes: each probe ends well and has its rows."""
+def test_the_minutes_on_a_card(tmp_path):
+    """Every line, both sizes: each side of each item has a figure, and each target a verdict."""
+    said, rows = dry(tmp_path)
+    sides = {"ours read", "ours --compile", "transformers default", "transformers eager"}
+    for dims in ("1b", "3b"):
+        mine = [row for row in rows if row["dims"] == dims]
+        for item in ("1 row", "1 row after 16,000", "8 rows", "64 rows", "prompt of 8,192"):
+            assert {row["what"] for row in mine if row["item"] == item} >= sides, item
+        assert all(row["off"] < 0.05 for row in mine if row["what"] in sides)
+    table = said.partition("cpu: targets")[2]
+    for line in ("| 1b | 64 rows | ours --compile |", "| 3b | generate | adds, sampled |"):
+        assert re.search(re.escape(line) + r".*(MISSED|met) \|", table), line
+    assert table.count("| 32000 | 40000 | 48000 | MISSED |") == 1
+
+
+@on_posix
+def test_what_fails_on_a_card_says_so(tmp_path):
+    """In a line, and the rest goes on; the same where time is over."""
     env = os.environ | {"DRY": "1", "OUT": str(tmp_path), "PY": sys.executable}
-    script = BENCH.with_name("gpu.sh")
-    done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "!!!" not in done.stdout + done.stderr, done.stdout
-    table = (tmp_path / "log").read_text()
-    steps = [f"--compile, {n} rows" for n in (1, 64)]
-    for what in ("plain step", "memory growth", *steps):
-        assert f"| {what}" in table, what
-    for what in steps:
-        assert f"{what}: launches a layer" in table and f"{what}, 32 tokens: error | 0 |" in table
-    assert re.search(r"\| decode 1, ours [^:]+: times transformers eager \|", table)
+    line = ["bash", str(BENCH.with_name("gpu.sh")), "--seconds", "0", "--dims", "1b", "first"]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "!!! environment: Late: left out" in done.stdout, done.stdout
+    assert "failed: ['environment', '1b model']" in done.stdout
+    assert "Traceback" in (tmp_path / "errors.log").read_text() and "Traceback" not in done.stdout

