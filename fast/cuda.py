@@ -22,28 +22,30 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEPENDENT = True  # programmatic dependent launch where a card has it; off, profiles are plain
 PIECE = 2048  # tokens of all rows that go through the kernels at once, at most
 FEW_ROWS = 4  # up to so many, a step is organised by outputs
+ONE_SORT = 128  # up to so many tokens are sorted by one program
 
 # Block sizes, warps and stages of each kernel, as a sweep on a card chose them (bench/RESULTS.md).
 FEW = {
     "embed": {"num_warps": 4},
-    "attn_in": {"BN": 4, "num_warps": 4},
-    "attend": {"BS": 64, "num_warps": 4, "num_stages": 3},
+    "attn_in": {"BN": 2, "num_warps": 1},
+    "attend": {"BS": 64, "num_warps": 1, "num_stages": 4},
     "attn_out": {"BN": 4, "num_warps": 8},
     "route": {"BE": 2, "num_warps": 4},
-    "gate_up": {"BN": 4, "num_warps": 2},
-    "down": {"BN": 2, "num_warps": 8},
-    "head": {"BN": 16, "num_warps": 8},
+    "gate_up": {"BN": 2, "num_warps": 2},
+    "down": {"BN": 4, "num_warps": 8},
+    "head": {"BN": 8, "num_warps": 4},
 }
 STEP = {  # one token of each of many rows
     "embed": {"num_warps": 4},
     "add_norm": {"num_warps": 8},
-    "attn_in_many": {"BM": 64, "BN": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
-    "attend": {"BS": 64, "num_warps": 2, "num_stages": 3},
-    "attn_out_many": {"BM": 64, "BN": 16, "BK": 128, "num_warps": 4, "num_stages": 4},
-    "route_many": {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 3},
+    "attn_in_many": {"BM": 16, "BN": 32, "BK": 256, "num_warps": 4, "num_stages": 3},
+    "attend": {"BS": 64, "num_warps": 1, "num_stages": 3},
+    "attn_out_many": {"BM": 64, "BN": 16, "BK": 256, "num_warps": 4, "num_stages": 4},
+    "route": {"BE": 4, "num_warps": 4},
+    "route_many": {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 3},
     "sort_by_expert": {"num_warps": 8},
-    "gate_up_many": {"BM": 32, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 4},
-    "down_many": {"BM": 32, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 4},
+    "gate_up_many": {"BM": 32, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
+    "down_many": {"BM": 32, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
     "head_many": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }
 SHORT = {  # prompts of up to SHORT_PIECE tokens in all
@@ -52,17 +54,17 @@ SHORT = {  # prompts of up to SHORT_PIECE tokens in all
     "attn_in_many": {"BM": 64, "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 3},
     "attend_many": {"BM": 64, "BS": 64, "num_warps": 4, "num_stages": 3},
     "attn_out_many": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
-    "route_many": {"BM": 16, "BK": 128, "num_warps": 4, "num_stages": 3},
-    "sort_by_expert": {"num_warps": 8},
+    "route_many": {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 3},
+    "sort_by_expert": {"num_warps": 4},
     "gate_up_many": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
     "down_many": {"BM": 64, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 3},
     "head_many": {"BM": 16, "BN": 128, "BK": 64, "num_warps": 4, "num_stages": 4},
 }
 SHORT_PIECE = 512
 LONG = SHORT | {
-    "attn_in_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
-    "attend_many": {"BM": 128, "BS": 64, "num_warps": 8, "num_stages": 3},
-    "attn_out_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "attn_in_many": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
+    "attend_many": {"BM": 64, "BS": 128, "num_warps": 4, "num_stages": 3},
+    "attn_out_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
     "gate_up_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
     "down_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }
@@ -139,14 +141,16 @@ class Forward:
         self.splits = splits(B, G, cache.max_length)
         self.ended = zeros(B * G, of=whole)  # of attend; 0 between launches
         self.shares = zeros(B * H * self.splits * (C + 2), of=single)
+        self.chosen, self.w = zeros(N, K, of=whole), zeros(N, K)
+        self.scores, self.routed = zeros(N, E, of=single), zeros(N, of=whole)  # 0 between launches
         if self.few:
-            self.scores = zeros(N, E, of=single)
             return
-        self.blocks = cdiv(N, self.options["route_many"]["BM"])
+        self.by_token = T == 1 and N <= ONE_SORT  # the router, as with few rows
+        self.block = next_power_of_2(N) if self.by_token else self.options["route_many"]["BM"]
+        self.blocks = cdiv(N, self.block)
         rows = self.options["gate_up_many"]["BM"]
         self.tile_count = N * K // rows + min(E, N * K)  # at most; others are of no expert
-        self.rows, self.w = zeros(N * K, D), zeros(N, K)
-        self.chosen, self.order = zeros(N, K, of=whole), zeros(N * K, of=whole)
+        self.rows, self.order = zeros(N * K, D), zeros(N * K, of=whole)
         self.counts, self.tiles = (
             zeros(self.blocks, E, of=whole),
             zeros(3, self.tile_count, of=whole),
@@ -208,13 +212,19 @@ class Forward:
         self.attend(keys, values)
         grid = (self.blocks_of("attn_out", "BN", sizes["D"]), B)
         self.launch("attn_out", grid, self.y, attention.o_proj.weight, self.x, factor)
-        grid = (self.blocks_of("route", "BE", sizes["E"]), B)
-        norm, router = layer.post_attention_layernorm.weight, moe.router.layer.weight
-        self.launch("route", grid, self.x, norm, router, self.h, self.scores, eps)
+        self.route(layer)
         grid = (self.blocks_of("gate_up", "BN", sizes["F"]), sizes["K"], B)
-        self.launch("gate_up", grid, self.h, self.scores, moe.input_linear.weight, self.hidden)
+        self.launch("gate_up", grid, self.h, self.chosen, moe.input_linear.weight, self.hidden)
         grid, weight = (self.blocks_of("down", "BN", sizes["D"]), B), moe.output_linear.weight
-        self.launch("down", grid, self.hidden, self.scores, weight, self.x, factor)
+        self.launch("down", grid, self.hidden, self.chosen, self.w, weight, self.x, factor)
+
+    def route(self, layer: DecoderLayer) -> None:
+        """The router, a token at a time."""
+        grid = (self.blocks_of("route", "BE", self.sizes["E"]), self.N)
+        norm = layer.post_attention_layernorm.weight
+        weights = (norm, layer.block_sparse_moe.router.layer.weight)
+        outputs = (self.h, self.scores, self.routed, self.chosen, self.w)
+        self.launch("route", grid, self.x, *weights, *outputs, self.model.config.rms_norm_eps)
 
     def attend(self, keys: Tensor, values: Tensor) -> None:
         """Attention of one new token a row."""
@@ -252,14 +262,17 @@ class Forward:
         """The second half of DecoderLayer.forward but its sum, which is add_norm's, for many
         tokens."""
         sizes, N, tiles, moe = self.sizes, self.N, self.tile_count, layer.block_sparse_moe
-        norm, router = layer.post_attention_layernorm.weight, moe.router.layer.weight
-        arguments = (self.x, norm, router, self.at, self.start, self.live, self.h, self.chosen)
-        scalars = (self.model.config.rms_norm_eps, N, self.T)
-        self.launch("route_many", (self.blocks,), *arguments, self.w, self.counts, *scalars)
-        block, rows = self.options["route_many"]["BM"], self.options["gate_up_many"]["BM"]
+        if self.by_token:
+            self.route(layer)
+        else:
+            weights = (layer.post_attention_layernorm.weight, moe.router.layer.weight)
+            arguments = (self.x, *weights, self.at, self.start, self.live, self.h, self.chosen)
+            scalars = (self.model.config.rms_norm_eps, N, self.T)
+            self.launch("route_many", (self.blocks,), *arguments, self.w, self.counts, *scalars)
         share = next_power_of_2(cdiv(tiles, self.blocks))
+        more = {"BM": self.block, "ROWS": self.options["gate_up_many"]["BM"], "BX": share}
         arguments = (self.chosen, self.counts, self.order, self.tiles, N, self.blocks, tiles)
-        more = {"BM": block, "ROWS": rows, "BX": share}
+        more["COUNTED"] = not self.by_token
         self.launch("sort_by_expert", (self.blocks,), *arguments, **more)
         grid = (self.blocks_of("gate_up_many", "BN", sizes["F"]), tiles)
         arguments = (self.h, self.order, self.tiles, moe.input_linear.weight, self.hidden, tiles)

@@ -8,7 +8,7 @@ deep a product goes at a time), BS (slots), BE (experts). `n` is a token, `b` a 
 There are two forms of the layer, in the order in which their kernels run:
 
     few rows     attn_in, attend, attn_out, route, gate_up, down                      then head
-    many tokens  add_norm, attn_in_many, attend or attend_many, attn_out_many, route_many,
+    many tokens  add_norm, attn_in_many, attend or attend_many, attn_out_many, route or route_many,
                  sort_by_expert, gate_up_many, down_many                              then head_many
 
 embed goes first in both. With few rows, one new token each, a step is bound by reading weights: a
@@ -350,51 +350,61 @@ def route(
     weight_ptr,
     h_ptr,
     scores_ptr,
+    ended_ptr,
+    chosen_ptr,
+    w_ptr,
     eps,
     D: tl.constexpr,
     DP: tl.constexpr,
     E: tl.constexpr,
+    EP: tl.constexpr,
+    K: tl.constexpr,
     BE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h = RMSNorm(x); scores = Router's logits of h. Grid: (E/BE, B). A program owns BE scores of a
-    row, and the first one h too. gate_up and down find the choice in the scores themselves."""
-    block, b = tl.program_id(0), tl.program_id(1)
+    """h = RMSNorm(x); Router of h: the K experts chosen, and their weights w. Grid: (E/BE, N). A
+    program owns BE scores of a token, and the first one h; the last one to end chooses."""
+    block, n = tl.program_id(0), tl.program_id(1)
     e, d = block * BE + tl.arange(0, BE), tl.arange(0, DP)
     weight = load_rows(weight_ptr, e, E, d, D)
     norm = load_row(norm_ptr, d, D)
     wait(PDL)
-    x = load_row(x_ptr + b * D, d, D)
+    x = load_row(x_ptr + n * D, d, D)
     launch_next(PDL)
     h = rms_norm(x, norm, eps, D)
     if block == 0:
-        tl.store(h_ptr + b * D + d, h, mask=d < D)
-    tl.store(scores_ptr + b * E + e, rounded(product(weight, h), h.dtype), mask=e < E)
+        tl.store(h_ptr + n * D + d, h, mask=d < D)
+    tl.store(scores_ptr + n * E + e, rounded(product(weight, h), h.dtype), mask=e < E)
+    tl.debug_barrier()  # all threads have written before one of them says so
+    if tl.atomic_add(ended_ptr + n, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        choose(scores_ptr + n * E, chosen_ptr + n * K, w_ptr + n * K, E, EP, K)
+        tl.store(ended_ptr + n, 0)
 
 
 @triton.jit
-def rank(scores_ptr, E: tl.constexpr, EP: tl.constexpr):
-    """A row's scores (EP,), and how many come before each: larger ones, and equal ones of a lower
-    index. The chosen experts are those of rank below K. A NaN counts as the least score, so that
-    no index leaves its matrix; numbers that follow from it are NaN all the same."""
+def choose(scores_ptr, chosen_ptr, w_ptr, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr):
+    """The K largest of a token's scores, the softmax of which is w. A score's place is how many
+    come before it: larger ones, and equal ones of a lower index. A NaN counts as the least score,
+    so that no index leaves its matrix; numbers that follow from it are NaN all the same."""
     e = tl.arange(0, EP)
     scores = tl.load(scores_ptr + e, mask=e < E, other=-float("inf"), cache_modifier=".cg")
     scores = tl.where(scores == scores, scores, -float("inf"))
     mine, other = scores[None, :], scores[:, None]
     before = (other > mine) | ((other == mine) & (e[:, None] < e[None, :]))
-    return scores, tl.sum(before.to(tl.int32), axis=0)
+    place = tl.sum(before.to(tl.int32), axis=0)
+    w = tl.where(place < K, tl.exp(scores - tl.max(scores, axis=0)), 0.0)
+    tl.store(chosen_ptr + place, e, mask=place < K)
+    tl.store(w_ptr + place, w / tl.sum(w, axis=0), mask=place < K)
 
 
 @triton.jit
 def gate_up(
     h_ptr,
-    scores_ptr,
+    chosen_ptr,
     weight_ptr,
     hidden_ptr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
     K: tl.constexpr,
     F: tl.constexpr,
     BN: tl.constexpr,
@@ -405,8 +415,7 @@ def gate_up(
     k, b = tl.program_id(1), tl.program_id(2)
     f, d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, DP)
     wait(PDL)
-    _, ranks = rank(scores_ptr + b * E, E, EP)
-    e = tl.sum(tl.where(ranks == k, tl.arange(0, EP), 0)).to(tl.int64)
+    e = tl.load(chosen_ptr + b * K + k, cache_modifier=".cg").to(tl.int64)
     gate_weight = load_rows(weight_ptr + e * 2 * F * D, f, F, d, D)
     up_weight = load_rows(weight_ptr + (e * 2 + 1) * F * D, f, F, d, D)
     h = load_row(h_ptr + b * D, d, D)
@@ -418,13 +427,12 @@ def gate_up(
 @triton.jit
 def down(
     hidden_ptr,
-    scores_ptr,
+    chosen_ptr,
+    w_ptr,
     weight_ptr,
     x_ptr,
     multiplier,
     D: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
     F: tl.constexpr,
@@ -433,19 +441,14 @@ def down(
     PDL: tl.constexpr,
 ):
     """x += m_residual * sum over the K chosen of w_k * down_k(hidden). Grid: (D/BN, B). A program
-    owns BN outputs of a row, and reads them of all K experts at once. route wrote the scores, and
-    gate_up began after route's end: so this may read scores and weights before it waits."""
+    owns BN outputs of a row, and reads them of all K experts at once. route wrote the choice, and
+    gate_up let this start after route's end: so choice and weights are read before the wait, past
+    the processor's own cache (.cg), which may hold those of the layer before."""
     n, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
     k, f = tl.arange(0, KP), tl.arange(0, FP)
-    scores, ranks = rank(scores_ptr + b * E, E, EP)
-    shares = tl.where(ranks < K, tl.exp(scores - tl.max(scores, axis=0)), 0.0)
-    shares = shares / tl.sum(shares, axis=0)
-    experts, w = tl.zeros([KP], tl.int64), tl.zeros([KP], tl.float32)
-    for j in tl.static_range(K):
-        e = tl.sum(tl.where(ranks == j, tl.arange(0, EP), 0))
-        experts = tl.where(k == j, e, experts)
-        w = tl.where(k == j, tl.sum(tl.where(ranks == j, shares, 0.0)), w)
-    rows = (experts[:, None] * D + n[None, :]) * F
+    e = tl.load(chosen_ptr + b * K + k, mask=k < K, other=0, cache_modifier=".cg").to(tl.int64)
+    w = tl.load(w_ptr + b * K + k, mask=k < K, other=0.0, cache_modifier=".cg").to(tl.float32)
+    rows = (e[:, None] * D + n[None, :]) * F
     mask = ((k < K)[:, None] & (n < D)[None, :])[:, :, None] & (f < F)[None, None, :]
     weight = tl.load(weight_ptr + rows[:, :, None] + f[None, None, :], mask=mask, other=0.0)
     wait(PDL)
@@ -453,7 +456,7 @@ def down(
     x = load_row(x_ptr + b * D, n, D)
     launch_next(PDL)
     out = tl.sum(weight.to(tl.float32) * hidden.to(tl.float32)[:, None, :], axis=2)
-    out = tl.sum(rounded(out, x.dtype) * rounded(w, x.dtype)[:, None], axis=0)
+    out = tl.sum(rounded(out, x.dtype) * w[:, None], axis=0)
     out = rounded(rounded(out, x.dtype) * multiplier, x.dtype)
     tl.store(x_ptr + b * D + n, x.to(tl.float32) + out, mask=n < D)
 
@@ -714,7 +717,7 @@ def route_many(
 ):
     """h = RMSNorm(x); Router: the K largest scores of h, of equal ones the lower index first, and
     the softmax of these K; and how many of the block's tokens chose each expert. Grid: (N/BM,).
-    Tokens that are not real choose expert -1. A NaN counts as the least score, as in rank."""
+    Tokens that are not real choose expert -1. A NaN counts as the least score, as in choose."""
     block, e = tl.program_id(0), tl.arange(0, EP)
     n = block * BM + tl.arange(0, BM)
     rows = (n < N)[:, None]
@@ -790,23 +793,18 @@ def sort_by_expert(
     BM: tl.constexpr,
     ROWS: tl.constexpr,
     BX: tl.constexpr,
+    COUNTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A stable counting sort of the real assignments a = n*K + k by expert. order (M,): the
     assignments in order. tiles (3, tiles): which expert a tile is of (-1: none), its first place in
-    the order, and where that expert's places end; a tile has at most ROWS of them. Grid: that of
-    route_many. A program places its BM tokens behind those of the blocks before it, whose counts it
-    adds up itself, and writes BX tiles."""
+    the order, and where that expert's places end; a tile has at most ROWS of them. Grid: (N/BM,). A
+    program places its BM tokens behind those of the blocks before it, adding up all blocks' counts
+    itself, and writes BX tiles. Without counts (not COUNTED: route wrote none) it is the only
+    one."""
     block, e = tl.program_id(0), tl.arange(0, EP)
-    total = tl.zeros([EP], tl.int32)
-    before = tl.zeros([EP], tl.int32)
-    for i in range(0, blocks, 32):
-        other = i + tl.arange(0, 32)[:, None]
-        places, mask = counts_ptr + other * E + e[None, :], (other < blocks) & (e < E)[None, :]
-        counts = tl.load(places, mask=mask, other=0)
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where(other < block, counts, 0), axis=0)
-    ends = tl.cumsum(total, axis=0)
     n = block * BM + tl.arange(0, BM)
+    wait(PDL)
     mine = tl.zeros([BM, EP], tl.int32)
     choice = tl.zeros([BM, EP], tl.int32)
     for k in tl.static_range(K):
@@ -814,6 +812,19 @@ def sort_by_expert(
         hit = chosen[:, None] == e[None, :]
         mine = tl.where(hit, 1, mine)
         choice = tl.where(hit, k, choice)
+    before = tl.zeros([EP], tl.int32)
+    if COUNTED:
+        total = tl.zeros([EP], tl.int32)
+        for i in range(0, blocks, 32):
+            other = i + tl.arange(0, 32)[:, None]
+            places, mask = counts_ptr + other * E + e[None, :], (other < blocks) & (e < E)[None, :]
+            counts = tl.load(places, mask=mask, other=0)
+            total += tl.sum(counts, axis=0)
+            before += tl.sum(tl.where(other < block, counts, 0), axis=0)
+    else:
+        total = tl.sum(mine, axis=0)
+    launch_next(PDL)
+    ends = tl.cumsum(total, axis=0)
     place = (ends - total + before)[None, :] + tl.cumsum(mine, axis=0) - 1
     tl.store(order_ptr + place, n[:, None] * K + choice, mask=mine == 1)
     write_tiles(tiles_ptr, total, ends, block * BX + tl.arange(0, BX), tiles, E, EP, ROWS)
