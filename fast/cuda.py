@@ -13,6 +13,7 @@ from granitemoe import DecoderLayer, GraniteMoeConfig, GraniteMoeForCausalLM, KV
 
 try:
     from triton import cdiv, next_power_of_2
+    from triton.runtime.errors import OutOfResources
 
     from fast import kernels
 except ImportError:  # Windows, macOS and PyTorch's build for CPUs have no Triton
@@ -52,7 +53,7 @@ SHORT = {  # prompts of up to SHORT_PIECE tokens in all
     "embed": {"num_warps": 4},
     "add_norm": {"num_warps": 4},
     "attn_in_many": {"BM": 64, "BN": 32, "BK": 64, "num_warps": 4, "num_stages": 3},
-    "attend_many": {"BM": 64, "BS": 64, "num_warps": 4, "num_stages": 3},
+    "attend_many": {"BM": 64, "BS": 128, "num_warps": 4, "num_stages": 3},
     "attn_out_many": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3},
     "route_many": {"BM": 16, "BK": 256, "num_warps": 4, "num_stages": 3},
     "sort_by_expert": {"num_warps": 4},
@@ -63,9 +64,8 @@ SHORT = {  # prompts of up to SHORT_PIECE tokens in all
 SHORT_PIECE = 512
 LONG = SHORT | {
     "attn_in_many": {"BM": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4},
-    "attend_many": {"BM": 64, "BS": 128, "num_warps": 4, "num_stages": 3},
     "attn_out_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4},
-    "gate_up_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
+    "gate_up_many": {"BM": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3},
     "down_many": {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 3},
 }
 
@@ -73,33 +73,62 @@ LONG = SHORT | {
 # ------------------------------------------------------------------------------------------ sizes
 def check_sizes(c: GraniteMoeConfig, rows: int) -> None:
     """Raises ValueError for sizes that the kernels do not take."""
+    V, D, F = c.vocab_size, c.hidden_size, c.intermediate_size
+    E, K = c.num_local_experts, c.num_experts_per_tok
     if c.head_dim > 256:
-        raise ValueError(f"compiled steps: head_dim is at most 256, got {c.head_dim}")
-    if c.num_local_experts > 256:
-        raise ValueError(f"compiled steps: at most 256 experts, got {c.num_local_experts}")
-    tokens = max(PIECE, rows)
-    K, D, F = c.num_experts_per_tok, c.hidden_size, c.intermediate_size
-    places = max(tokens * K * max(D, F), rows * c.vocab_size, c.vocab_size * D)
-    if places >= 2**31:
-        raise ValueError(f"compiled steps: a tensor of {places} numbers is too large for them")
+        raise ValueError(f"compiled steps: head_dim must be at most 256, got {c.head_dim}")
+    if E > 256:
+        raise ValueError(f"compiled steps: num_local_experts must be at most 256, got {E}")
+    if rows * K > 2**20 or rows >= 2**16:
+        raise ValueError(f"compiled steps: {rows} rows are too many for them")
+    assignments = max(PIECE, rows) * K
+    if max(assignments * max(D, F), V * max(D, rows)) >= 2**31:
+        sizes = f"vocab_size {V}, hidden_size {D}, intermediate_size {F}"
+        raise ValueError(f"compiled steps: {sizes} are too large for {rows} rows")
 
 
 def letters(c: GraniteMoeConfig) -> dict[str, int]:
     """The sizes by their letters in kernels.py. Tensor cores take blocks of at least 16."""
-    D, C, E, K = c.hidden_size, c.head_dim, c.num_local_experts, c.num_experts_per_tok
-    H, G, F = c.num_attention_heads, c.num_key_value_heads, c.intermediate_size
-    sizes = {"V": c.vocab_size, "D": D, "H": H, "G": G, "C": C, "E": E, "K": K, "F": F, "R": H // G}
+    sizes = {
+        "V": c.vocab_size,
+        "D": c.hidden_size,
+        "H": c.num_attention_heads,
+        "G": c.num_key_value_heads,
+        "C": c.head_dim,
+        "R": c.num_attention_heads // c.num_key_value_heads,
+        "E": c.num_local_experts,
+        "K": c.num_experts_per_tok,
+        "F": c.intermediate_size,
+    }
     for name in ("D", "F", "K"):
         sizes[name + "P"] = next_power_of_2(sizes[name])
-    for name in ("C", "E", "R"):
+    for name in ("C", "R", "E"):
         sizes[name + "P"] = max(16, next_power_of_2(sizes[name]))
     return sizes
 
 
-def takes_few(c: GraniteMoeConfig, rows: int) -> bool:
+def takes_few(sizes: dict[str, int], rows: int) -> bool:
     """Whether a step is organised by outputs: few rows, and sizes whose weights fit registers."""
-    block = next_power_of_2(c.num_experts_per_tok) * next_power_of_2(c.intermediate_size)
-    return rows <= FEW_ROWS and c.hidden_size <= 4096 and block <= 2**14
+    return rows <= FEW_ROWS and sizes["D"] <= 4096 and sizes["KP"] * sizes["FP"] <= 2**14
+
+
+def adapted(
+    options: dict[str, dict], sizes: dict[str, int], dtype: torch.dtype, capability: int
+) -> dict[str, dict]:
+    """A copy of a table of options, for numbers of 4 bytes, large heads and other cards."""
+    options = {name: dict(own) for name, own in options.items()}
+    for own in options.values():
+        if dtype == torch.float32:
+            own["num_warps"] = max(4, min(8, 2 * own["num_warps"]))
+            own["num_stages"] = min(2, own.get("num_stages", 2))
+    most_bytes = 8192 if capability >= 10 else 16384  # of a block of keys; more would spill
+    for name in ("attend", "attend_many"):
+        if name in options:
+            most = most_bytes // (sizes["CP"] * dtype.itemsize)
+            options[name]["BS"] = max(16, min(options[name]["BS"], most))
+    if "attend_many" in options:  # a block holds at least a token, with all its heads of a key head
+        options["attend_many"]["BM"] = max(options["attend_many"]["BM"], sizes["RP"])
+    return options
 
 
 def splits(rows: int, G: int, room: int) -> int:
@@ -115,46 +144,55 @@ class Forward:
     them one by one, which compiles what is not compiled; the second captures a CUDA graph."""
 
     def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, T: int) -> None:
-        c, B = model.config, len(pads)
-        self.model, self.cache, self.B, self.T, self.N = model, cache, B, T, B * T
-        self.sizes, self.few = letters(c), T == 1 and takes_few(c, B)
-        self.options = FEW if self.few else STEP if T == 1 else SHORT
-        if self.N > SHORT_PIECE and T > 1:
-            self.options = LONG
-        self.graph, self.calls = None, 0
         device, dtype = cache.keys.device, cache.keys.dtype
-        newest = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-        self.sizes["PDL"] = DEPENDENT and newest and not torch.version.hip
+        self.model, self.cache = model, cache
+        self.T, self.B = T, len(pads)
+        self.N = self.B * T
+        self.sizes = letters(model.config)
+        self.few = T == 1 and takes_few(self.sizes, self.B)
+        self.by_token = T == 1 and self.N <= ONE_SORT  # the router goes token by token
+        options = STEP if T == 1 else SHORT if self.N <= SHORT_PIECE else LONG
+        capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+        self.options = adapted(FEW if self.few else options, self.sizes, dtype, capability)
+        self.dependent = DEPENDENT and capability >= 9 and not torch.version.hip
+        self.graph, self.calls = None, 0
+        self.allocate(pads.flatten().to(torch.int32), device, dtype)
 
-        def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, dtype=of, device=device)
-
-        D, H, G, C, E, K, F = (self.sizes[name] for name in "DHGCEKF")
-        N, whole, single = self.N, torch.int32, torch.float32
-        self.ids = zeros(B, T, of=torch.int64)
-        self.at, self.live = zeros(1, of=whole), torch.full_like(zeros(1, of=whole), T)
-        self.start = pads.flatten().to(whole)
-        slots = torch.arange(cache.max_length, device=device)
-        self.cos, self.sin = rope_tables(slots[None], c, dtype)
-        self.x, self.h, self.y, self.q = zeros(N, D), zeros(N, D), zeros(N, D), zeros(N, H, C)
-        self.hidden, self.logits = zeros(N * K, F), zeros(B, c.vocab_size, of=single)
-        self.splits = splits(B, G, cache.max_length)
-        self.ended = zeros(B * G, of=whole)  # of attend; 0 between launches
-        self.shares = zeros(B * H * self.splits * (C + 2), of=single)
-        self.chosen, self.w = zeros(N, K, of=whole), zeros(N, K)
-        self.scores, self.routed = zeros(N, E, of=single), zeros(N, of=whole)  # 0 between launches
-        if self.few:
-            return
-        self.by_token = T == 1 and N <= ONE_SORT  # the router, as with few rows
-        self.block = next_power_of_2(N) if self.by_token else self.options["route_many"]["BM"]
-        self.blocks = cdiv(N, self.block)
-        rows = self.options["gate_up_many"]["BM"]
-        self.tile_count = N * K // rows + min(E, N * K)  # at most; others are of no expert
-        self.rows, self.order = zeros(N * K, D), zeros(N * K, of=whole)
-        self.counts, self.tiles = (
-            zeros(self.blocks, E, of=whole),
-            zeros(3, self.tile_count, of=whole),
-        )
+    def allocate(self, start: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        """What the kernels read and write, by their names there."""
+        B, N, D, H, G, C, E, K, F = self.B, self.N, *(self.sizes[name] for name in "DHGCEKF")
+        like = {"device": device, "dtype": dtype}
+        single = {"device": device, "dtype": torch.float32}
+        whole = {"device": device, "dtype": torch.int32}
+        self.ids = torch.zeros(B, self.T, device=device, dtype=torch.int64)
+        self.at = torch.zeros(1, **whole)
+        self.live = torch.full((1,), self.T, **whole)
+        self.start = start
+        positions = torch.arange(self.cache.max_length, device=device)
+        self.cos, self.sin = rope_tables(positions[None], self.model.config, dtype)
+        self.x = torch.zeros(N, D, **like)
+        self.h = torch.zeros(N, D, **like)
+        self.q = torch.zeros(N, H, C, **like)
+        self.y = torch.zeros(N, D, **like)
+        self.splits = splits(B, G, self.cache.max_length)
+        self.shares = torch.zeros(B * H * self.splits * (C + 2), **single)
+        self.attended = torch.zeros(B * G, **whole)  # 0 between launches, as `routed`
+        self.scores = torch.zeros(N, E, **single)
+        self.routed = torch.zeros(N, **whole)
+        self.chosen = torch.zeros(N, K, **whole)
+        self.w = torch.zeros(N, K, **like)
+        self.hidden = torch.zeros(N * K, F, **like)
+        self.logits = torch.zeros(B, self.sizes["V"], **single)
+        if not self.few:
+            block = self.options["route_many"]["BM"]
+            self.block = next_power_of_2(N) if self.by_token else block
+            self.blocks = cdiv(N, self.block)
+            rows = self.options["gate_up_many"]["BM"]
+            self.tile_count = N * K // rows + min(E, N * K)  # at most; others are of no expert
+            self.counts = torch.zeros(self.blocks, E, **whole)
+            self.order = torch.zeros(N * K, **whole)
+            self.tiles = torch.zeros(3, self.tile_count, **whole)
+            self.rows = torch.zeros(N * K, D, **like)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Up to T new tokens (B, any) to the logits (B, V) after the last of them; their keys and
@@ -174,135 +212,204 @@ class Forward:
         return self.logits
 
     def run(self) -> None:
-        """Launch the kernels: GraniteMoeForCausalLM.forward."""
+        """GraniteMoeForCausalLM.forward: launch its kernels."""
         body, c = self.model.model, self.model.config
         embedding = body.embed_tokens.weight
-        self.launch("embed", (self.N,), self.ids, embedding, self.x, c.embedding_multiplier)
         head = embedding if c.tie_word_embeddings else self.model.lm_head.weight
+        self.launch("embed", (self.N,), self.ids, embedding, self.x, c.embedding_multiplier)
         if self.few:
             for i, layer in enumerate(body.layers):
                 self.few_layer(layer, i)
-            grid = (self.blocks_of("head", "BN", c.vocab_size), self.B)
-            norm, scalars = body.norm.weight, (c.rms_norm_eps, c.logits_scaling)
-            self.launch("head", grid, self.x, norm, head, self.logits, *scalars)
-            return
-        norms = [layer.input_layernorm.weight for layer in body.layers] + [body.norm.weight]
-        self.add_norm(norms[0], FIRST=True)
-        for i, layer in enumerate(body.layers):
-            self.many_attention(layer, i)
-            self.many_experts(layer)
-            self.add_norm(norms[i + 1], FIRST=False)
-        grid = (
-            self.blocks_of("head_many", "BN", c.vocab_size),
-            self.blocks_of("head_many", "BM", self.B),
-        )
-        scalars = (c.logits_scaling, self.B, self.T)
-        self.launch("head_many", grid, self.h, head, self.live, self.logits, *scalars)
+            self.few_head(body.norm.weight, head)
+        else:
+            norms = [layer.input_layernorm.weight for layer in body.layers] + [body.norm.weight]
+            self.add_norm(norms[0], first=True)
+            for i, layer in enumerate(body.layers):
+                self.many_attention(layer, i)
+                self.many_experts(layer)
+                self.add_norm(norms[i + 1], first=False)
+            self.many_head(head)
 
+    # -- few rows
     def few_layer(self, layer: DecoderLayer, i: int) -> None:
-        """DecoderLayer.forward in six kernels, for few rows."""
-        c, B, sizes, eps = self.model.config, self.B, self.sizes, self.model.config.rms_norm_eps
-        attention, moe, factor = layer.self_attn, layer.block_sparse_moe, c.residual_multiplier
+        """DecoderLayer.forward in six kernels."""
+        c, sizes, B = self.model.config, self.sizes, self.B
+        attention = layer.self_attn
+        moe = layer.block_sparse_moe
         keys, values = self.cache.keys[i], self.cache.values[i]
-        heads = sizes["H"] + 2 * sizes["G"]
-        grid = (self.blocks_of("attn_in", "BN", sizes["C"] // 2), heads, B)
-        norm, weights = layer.input_layernorm.weight, projections(attention)
-        places = (self.cos, self.sin, self.at, self.start, self.q, keys, values)
-        self.launch("attn_in", grid, self.x, norm, *weights, *places, eps, self.cache.max_length)
+        pairs = self.share("attn_in", "BN", sizes["C"] // 2)
+        self.launch(
+            "attn_in",
+            (pairs, sizes["H"] + 2 * sizes["G"], B),
+            self.x,
+            layer.input_layernorm.weight,
+            *projections(attention),
+            *(self.cos, self.sin, self.at, self.start),
+            *(self.q, keys, values),
+            c.rms_norm_eps,
+            self.cache.max_length,
+        )
         self.attend(keys, values)
-        grid = (self.blocks_of("attn_out", "BN", sizes["D"]), B)
-        self.launch("attn_out", grid, self.y, attention.o_proj.weight, self.x, factor)
+        outputs = self.share("attn_out", "BN", sizes["D"])
+        arguments = (self.y, attention.o_proj.weight, self.x, c.residual_multiplier)
+        self.launch("attn_out", (outputs, B), *arguments)
         self.route(layer)
-        grid = (self.blocks_of("gate_up", "BN", sizes["F"]), sizes["K"], B)
+        grid = (self.share("gate_up", "BN", sizes["F"]), sizes["K"], B)
         self.launch("gate_up", grid, self.h, self.chosen, moe.input_linear.weight, self.hidden)
-        grid, weight = (self.blocks_of("down", "BN", sizes["D"]), B), moe.output_linear.weight
-        self.launch("down", grid, self.hidden, self.chosen, self.w, weight, self.x, factor)
+        self.launch(
+            "down",
+            (self.share("down", "BN", sizes["D"]), B),
+            *(self.hidden, self.chosen, self.w),
+            moe.output_linear.weight,
+            self.x,
+            c.residual_multiplier,
+        )
 
-    def route(self, layer: DecoderLayer) -> None:
-        """The router, a token at a time."""
-        grid = (self.blocks_of("route", "BE", self.sizes["E"]), self.N)
-        norm = layer.post_attention_layernorm.weight
-        weights = (norm, layer.block_sparse_moe.router.layer.weight)
-        outputs = (self.h, self.scores, self.routed, self.chosen, self.w)
-        self.launch("route", grid, self.x, *weights, *outputs, self.model.config.rms_norm_eps)
+    def few_head(self, norm: Tensor, head: Tensor) -> None:
+        c, grid = self.model.config, (self.share("head", "BN", self.sizes["V"]), self.B)
+        arguments = (self.x, norm, head, self.logits, c.rms_norm_eps, c.logits_scaling)
+        self.launch("head", grid, *arguments)
 
+    # -- few rows, and one token of each of many
     def attend(self, keys: Tensor, values: Tensor) -> None:
         """Attention of one new token a row."""
-        grid = (self.splits, self.sizes["G"], self.B)
-        places = (self.q, keys, values, self.at, self.start, self.shares, self.ended, self.y)
-        scalars = (self.model.config.attention_multiplier, self.cache.max_length)
-        self.launch("attend", grid, *places, *scalars, SPLITS=self.splits)
+        self.launch(
+            "attend",
+            (self.splits, self.sizes["G"], self.B),
+            *(self.q, keys, values),
+            *(self.at, self.start),
+            *(self.shares, self.attended, self.y),
+            self.model.config.attention_multiplier,
+            self.cache.max_length,
+            SPLITS=self.splits,
+        )
 
+    def route(self, layer: DecoderLayer) -> None:
+        """The router, token by token."""
+        self.launch(
+            "route",
+            (self.share("route", "BE", self.sizes["E"]), self.N),
+            self.x,
+            layer.post_attention_layernorm.weight,
+            layer.block_sparse_moe.router.layer.weight,
+            *(self.h, self.scores, self.routed, self.chosen, self.w),
+            self.model.config.rms_norm_eps,
+        )
+
+    # -- many tokens
     def many_attention(self, layer: DecoderLayer, i: int) -> None:
-        """The first half of DecoderLayer.forward, for many tokens."""
+        """The first half of DecoderLayer.forward."""
         c, N, T, sizes, attention = self.model.config, self.N, self.T, self.sizes, layer.self_attn
-        keys, values, room = self.cache.keys[i], self.cache.values[i], self.cache.max_length
-        half = sizes["C"] // 2
-        pairs = self.blocks_of("attn_in_many", "BN", sizes["H"] * half)
-        pairs += 2 * self.blocks_of("attn_in_many", "BN", sizes["G"] * half)
-        where = (self.at, self.start, self.live)
-        arguments = (self.h, *projections(attention), self.cos, self.sin, *where)
-        grid = (pairs, self.blocks_of("attn_in_many", "BM", N))
-        self.launch("attn_in_many", grid, *arguments, self.q, keys, values, N, T, room)
+        keys, values = self.cache.keys[i], self.cache.values[i]
+        S = self.cache.max_length
+        of_q = self.share("attn_in_many", "BN", sizes["H"] * sizes["C"] // 2)
+        of_k = self.share("attn_in_many", "BN", sizes["G"] * sizes["C"] // 2)
+        self.launch(
+            "attn_in_many",
+            (of_q + 2 * of_k, self.share("attn_in_many", "BM", N)),
+            self.h,
+            *projections(attention),
+            *(self.cos, self.sin, self.at, self.start, self.live),
+            *(self.q, keys, values),
+            *(N, T, S),
+        )
         if T == 1:
             self.attend(keys, values)
         else:
             tokens = self.options["attend_many"]["BM"] // sizes["R"]
-            arguments = (self.q, keys, values, *where, self.y, c.attention_multiplier)
-            grid = (self.B * sizes["G"], cdiv(T, tokens))
-            self.launch("attend_many", grid, *arguments, T, room)
-        grid = (
-            self.blocks_of("attn_out_many", "BN", sizes["D"]),
-            self.blocks_of("attn_out_many", "BM", N),
-        )
+            self.launch(
+                "attend_many",
+                (self.B * sizes["G"], cdiv(T, tokens)),
+                *(self.q, keys, values),
+                *(self.at, self.start, self.live),
+                self.y,
+                c.attention_multiplier,
+                *(T, S),
+            )
+        outputs = self.share("attn_out_many", "BN", sizes["D"])
+        grid = (outputs, self.share("attn_out_many", "BM", N))
         arguments = (self.y, attention.o_proj.weight, self.x, self.live, c.residual_multiplier)
         self.launch("attn_out_many", grid, *arguments, N, T)
 
     def many_experts(self, layer: DecoderLayer) -> None:
-        """The second half of DecoderLayer.forward but its sum, which is add_norm's, for many
-        tokens."""
-        sizes, N, tiles, moe = self.sizes, self.N, self.tile_count, layer.block_sparse_moe
+        """The second half of DecoderLayer.forward, but for its sum, which is add_norm's."""
+        sizes, tiles, moe = self.sizes, self.tile_count, layer.block_sparse_moe
         if self.by_token:
             self.route(layer)
         else:
-            weights = (layer.post_attention_layernorm.weight, moe.router.layer.weight)
-            arguments = (self.x, *weights, self.at, self.start, self.live, self.h, self.chosen)
-            scalars = (self.model.config.rms_norm_eps, N, self.T)
-            self.launch("route_many", (self.blocks,), *arguments, self.w, self.counts, *scalars)
-        share = next_power_of_2(cdiv(tiles, self.blocks))
-        more = {"BM": self.block, "ROWS": self.options["gate_up_many"]["BM"], "BX": share}
-        arguments = (self.chosen, self.counts, self.order, self.tiles, N, self.blocks, tiles)
-        more["COUNTED"] = not self.by_token
-        self.launch("sort_by_expert", (self.blocks,), *arguments, **more)
-        grid = (self.blocks_of("gate_up_many", "BN", sizes["F"]), tiles)
-        arguments = (self.h, self.order, self.tiles, moe.input_linear.weight, self.hidden, tiles)
-        self.launch("gate_up_many", grid, *arguments)
-        grid = (self.blocks_of("down_many", "BN", sizes["D"]), tiles)
-        weight = moe.output_linear.weight
+            self.route_many(layer)
         self.launch(
-            "down_many", grid, self.hidden, self.order, self.tiles, weight, self.rows, tiles
+            "sort_by_expert",
+            (self.blocks,),
+            *(self.chosen, self.counts, self.order, self.tiles),
+            *(self.N, self.blocks, tiles),
+            BM=self.block,
+            ROWS=self.options["gate_up_many"]["BM"],
+            BX=next_power_of_2(cdiv(tiles, self.blocks)),
+            COUNTED=not self.by_token,
+        )
+        grid = (self.share("gate_up_many", "BN", sizes["F"]), tiles)
+        arguments = (self.h, self.order, self.tiles, moe.input_linear.weight, self.hidden)
+        self.launch("gate_up_many", grid, *arguments, tiles)
+        grid = (self.share("down_many", "BN", sizes["D"]), tiles)
+        arguments = (self.hidden, self.order, self.tiles, moe.output_linear.weight, self.rows)
+        self.launch("down_many", grid, *arguments, tiles)
+
+    def route_many(self, layer: DecoderLayer) -> None:
+        """The router, a block of tokens at a time."""
+        self.launch(
+            "route_many",
+            (self.blocks,),
+            self.x,
+            layer.post_attention_layernorm.weight,
+            layer.block_sparse_moe.router.layer.weight,
+            *(self.at, self.start, self.live),
+            *(self.h, self.chosen, self.w, self.counts),
+            self.model.config.rms_norm_eps,
+            *(self.N, self.T),
         )
 
-    def add_norm(self, norm: Tensor, FIRST: bool) -> None:
-        """The sum over the chosen experts, but before the FIRST layer; then a norm."""
-        c, arguments = self.model.config, (self.rows, self.chosen, self.w, self.x, norm, self.h)
-        scalars = (c.rms_norm_eps, c.residual_multiplier)
-        self.launch("add_norm", (self.N,), *arguments, *scalars, FIRST=FIRST)
+    def add_norm(self, norm: Tensor, first: bool) -> None:
+        """The sum over the chosen experts, but before the first layer; then a norm."""
+        self.launch(
+            "add_norm",
+            (self.N,),
+            *(self.rows, self.chosen, self.w),
+            *(self.x, norm, self.h),
+            self.model.config.rms_norm_eps,
+            self.model.config.residual_multiplier,
+            FIRST=first,
+        )
 
-    def blocks_of(self, name: str, letter: str, size: int) -> int:
+    def many_head(self, head: Tensor) -> None:
+        logits = self.share("head_many", "BN", self.sizes["V"])
+        grid = (logits, self.share("head_many", "BM", self.B))
+        scaling = self.model.config.logits_scaling
+        self.launch(
+            "head_many", grid, self.h, head, self.live, self.logits, scaling, self.B, self.T
+        )
+
+    # -- launching
+    def share(self, name: str, block: str, size: int) -> int:
         """How many programs of a kernel share so many outputs or tokens."""
-        return cdiv(size, self.options[name][letter])
+        return cdiv(size, self.options[name][block])
 
     def launch(self, name: str, grid: tuple, *arguments: Tensor | float, **more: int) -> None:
-        """A kernel with these arguments, the sizes that it names, and its options."""
-        kernel, options = getattr(kernels, name), dict(self.options[name])
-        if self.x.dtype == torch.float32:  # twice the bytes
-            options["num_stages"] = min(2, options.get("num_stages", 2))
-            options["num_warps"] = max(4, options["num_warps"])
-        if self.sizes["PDL"]:
-            options["launch_pdl"] = True
-        sizes = {n: v for n, v in (self.sizes | more).items() if n in kernel.arg_names}
-        kernel[grid](*arguments, **sizes, **options)
+        """A kernel with these arguments, the sizes that it names, and its options. On a card with
+        less memory for a program, with fewer stages."""
+        kernel, options = getattr(kernels, name), self.options[name]
+        more |= {"PDL": self.dependent}
+        sizes = {key: value for key, value in self.sizes.items() if key in kernel.arg_names}
+        given = options | sizes | more
+        if self.dependent:
+            given["launch_pdl"] = True
+        try:
+            kernel[grid](*arguments, **given)
+        except OutOfResources:
+            if options.get("num_stages", 1) == 1:
+                raise
+            options["num_stages"] -= 1
+            self.launch(name, grid, *arguments, **more)
 
 
 def projections(attention: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor]:

@@ -93,6 +93,36 @@ def dot(x, weight, total):
 
 
 @triton.jit
+def many_product(x_ptr, n, n_mask, weight_ptr, i, i_mask, D: tl.constexpr, BK: tl.constexpr):
+    """Rows n of x (N, D) times rows i of a weight (outputs, D), by tensor cores: (n, i)."""
+    total = tl.zeros([n.shape[0], i.shape[0]], tl.float32)
+    for depth in range(0, D, BK):
+        d = depth + tl.arange(0, BK)
+        x_place = x_ptr + n[:, None] * D + d[None, :]
+        x = load_deep(x_place, n_mask[:, None], d[None, :], D, BK)
+        place = weight_ptr + i[None, :] * D + d[:, None]
+        total = dot(x, load_deep(place, i_mask[None, :], d[:, None], D, BK), total)
+    return total
+
+
+@triton.jit
+def two_products(x_ptr, n, n_mask, weight_ptr, i, i_mask, apart, D: tl.constexpr, BK: tl.constexpr):
+    """many_product with rows i of a weight, and with those that come `apart` rows later: x is read
+    once for both."""
+    first = tl.zeros([n.shape[0], i.shape[0]], tl.float32)
+    second = tl.zeros([n.shape[0], i.shape[0]], tl.float32)
+    for depth in range(0, D, BK):
+        d = depth + tl.arange(0, BK)
+        x_place = x_ptr + n[:, None] * D + d[None, :]
+        x = load_deep(x_place, n_mask[:, None], d[None, :], D, BK)
+        place = weight_ptr + i[None, :] * D + d[:, None]
+        first = dot(x, load_deep(place, i_mask[None, :], d[:, None], D, BK), first)
+        later = load_deep(place + apart * D, i_mask[None, :], d[:, None], D, BK)
+        second = dot(x, later, second)
+    return first, second
+
+
+@triton.jit
 def rms_norm(x, weight, eps, D: tl.constexpr):
     """RMSNorm.forward for x of D numbers, and zeros behind them."""
     x = x.to(tl.float32)
@@ -103,8 +133,10 @@ def rms_norm(x, weight, eps, D: tl.constexpr):
 @triton.jit
 def rotate(first, second, cos, sin, dtype: tl.constexpr):
     """granitemoe.rotate for pairs (first, second); returns both."""
-    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
-    first, second = rounded(first, dtype), rounded(second, dtype)
+    cos = cos.to(tl.float32)
+    sin = sin.to(tl.float32)
+    first = rounded(first, dtype)
+    second = rounded(second, dtype)
     turned = rounded(first * cos, dtype) - rounded(second * sin, dtype)
     return turned, rounded(second * cos, dtype) + rounded(first * sin, dtype)
 
@@ -128,7 +160,8 @@ def embed(
     PDL: tl.constexpr,
 ):
     """x = m_embedding * Embedding(ids). Grid: (N,), a token each."""
-    n, d = tl.program_id(0), tl.arange(0, DP)
+    n = tl.program_id(0)
+    d = tl.arange(0, DP)
     wait(PDL)
     row = load_row(weight_ptr + tl.load(ids_ptr + n) * D, d, D)
     launch_next(PDL)
@@ -162,9 +195,11 @@ def attn_in(
 ):
     """q, k, v = projections of RMSNorm(x); q and k rotated; k and v to slot `at` of the cache.
     Grid: (C/2/BN, H + 2G, B). A program owns BN pairs (i, i + C/2) of a head of a row."""
-    head, b = tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(1)
+    b = tl.program_id(2)
     half: tl.constexpr = C // 2
-    c, d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, DP)
+    c = tl.program_id(0) * BN + tl.arange(0, BN)
+    d = tl.arange(0, DP)
     weight_ptr = q_weight_ptr + head * C * D
     if head >= H:
         weight_ptr = k_weight_ptr + (head - H) * C * D
@@ -181,7 +216,8 @@ def attn_in(
     sin = tl.load(sin_ptr + angle, mask=c < half, other=0.0)
     launch_next(PDL)
     h = rms_norm(x, norm, eps, D)
-    first, second = product(first_weight, h), product(second_weight, h)
+    first = product(first_weight, h)
+    second = product(second_weight, h)
     if head < H + G:
         first, second = rotate(first, second, cos, sin, h.dtype)
     out_ptr = q_ptr + (b * H + head) * C
@@ -217,13 +253,17 @@ def attend(
 ):
     """y = softmax(q k^T * scale) v of one new token a row. Grid: (SPLITS, G, B). A program looks
     with the R heads of a key head at a share of the slots; the last one to end adds the shares."""
-    split, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    r, c = tl.arange(0, RP), tl.arange(0, CP)
+    split = tl.program_id(0)
+    g = tl.program_id(1)
+    b = tl.program_id(2)
+    r = tl.arange(0, RP)
+    c = tl.arange(0, CP)
     mask = (r < R)[:, None] & (c < C)[None, :]
     heads = (b * H + g * R + r[:, None]) * C + c[None, :]
     launch_next(PDL)  # at once: attn_out's weights come while this attends
     wait(PDL)
-    start, end = tl.load(start_ptr + b), tl.load(at_ptr) + 1
+    start = tl.load(start_ptr + b)
+    end = tl.load(at_ptr) + 1
     share = tl.cdiv(tl.cdiv(end - start, SPLITS), BS) * BS
     low = start + split * share
     high = tl.minimum(low + share, end)
@@ -236,6 +276,7 @@ def attend(
         q, low, high, keys_ptr + base, values_ptr + base, scale, y, top, total, C, CP, BS
     )
     if SPLITS == 1:
+        total = tl.where(total == 0, 1.0, total)  # a token before its row's start: y = 0
         tl.store(y_ptr + heads, y / total[:, None], mask=mask)
     else:
         row = ((b * G + g) * SPLITS + split) * R + r
@@ -331,7 +372,8 @@ def attn_out(
     PDL: tl.constexpr,
 ):
     """x += m_residual * o_proj(y). Grid: (D/BN, B). A program owns BN outputs of a row."""
-    n, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b = tl.program_id(1)
     d = tl.arange(0, DP)
     weight = load_rows(weight_ptr, n, D, d, D)
     wait(PDL)
@@ -364,8 +406,10 @@ def route(
 ):
     """h = RMSNorm(x); Router of h: the K experts chosen, and their weights w. Grid: (E/BE, N). A
     program owns BE scores of a token, and the first one h; the last one to end chooses."""
-    block, n = tl.program_id(0), tl.program_id(1)
-    e, d = block * BE + tl.arange(0, BE), tl.arange(0, DP)
+    block = tl.program_id(0)
+    n = tl.program_id(1)
+    e = block * BE + tl.arange(0, BE)
+    d = tl.arange(0, DP)
     weight = load_rows(weight_ptr, e, E, d, D)
     norm = load_row(norm_ptr, d, D)
     wait(PDL)
@@ -389,7 +433,8 @@ def choose(scores_ptr, chosen_ptr, w_ptr, E: tl.constexpr, EP: tl.constexpr, K: 
     e = tl.arange(0, EP)
     scores = tl.load(scores_ptr + e, mask=e < E, other=-float("inf"), cache_modifier=".cg")
     scores = tl.where(scores == scores, scores, -float("inf"))
-    mine, other = scores[None, :], scores[:, None]
+    mine = scores[None, :]
+    other = scores[:, None]
     before = (other > mine) | ((other == mine) & (e[:, None] < e[None, :]))
     place = tl.sum(before.to(tl.int32), axis=0)
     w = tl.where(place < K, tl.exp(scores - tl.max(scores, axis=0)), 0.0)
@@ -412,8 +457,10 @@ def gate_up(
 ):
     """hidden = silu(gate_e h) * up_e h of the chosen experts. Grid: (F/BN, K, B). A program owns BN
     outputs of a row's k-th expert."""
-    k, b = tl.program_id(1), tl.program_id(2)
-    f, d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, DP)
+    k = tl.program_id(1)
+    b = tl.program_id(2)
+    f = tl.program_id(0) * BN + tl.arange(0, BN)
+    d = tl.arange(0, DP)
     wait(PDL)
     e = tl.load(chosen_ptr + b * K + k, cache_modifier=".cg").to(tl.int64)
     gate_weight = load_rows(weight_ptr + e * 2 * F * D, f, F, d, D)
@@ -444,8 +491,10 @@ def down(
     owns BN outputs of a row, and reads them of all K experts at once. route wrote the choice, and
     gate_up let this start after route's end: so choice and weights are read before the wait, past
     the processor's own cache (.cg), which may hold those of the layer before."""
-    n, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
-    k, f = tl.arange(0, KP), tl.arange(0, FP)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b = tl.program_id(1)
+    k = tl.arange(0, KP)
+    f = tl.arange(0, FP)
     e = tl.load(chosen_ptr + b * K + k, mask=k < K, other=0, cache_modifier=".cg").to(tl.int64)
     w = tl.load(w_ptr + b * K + k, mask=k < K, other=0.0, cache_modifier=".cg").to(tl.float32)
     rows = (e[:, None] * D + n[None, :]) * F
@@ -477,7 +526,8 @@ def head(
     PDL: tl.constexpr,
 ):
     """logits = Head(RMSNorm(x)) / logits_scaling. Grid: (V/BN, B). A program owns BN logits."""
-    n, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b = tl.program_id(1)
     d = tl.arange(0, DP)
     weight = load_rows(weight_ptr, n, V, d, D)
     norm = load_row(norm_ptr, d, D)
@@ -523,41 +573,41 @@ def attn_in_many(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """q, k, v = projections of h; q and k rotated; q to (N, H, C), k and v of live tokens to their
-    slots. Grid: (blocks of pairs: q's, then k's, then v's; N/BM). A program owns BN pairs
-    (i, i + C/2), of one head or several, of BM tokens."""
+    """attn_in for live tokens of h, q to (N, H, C). Grid: (blocks of pairs: q's, then k's, then v's;
+    N/BM). A program owns BN pairs (i, i + C/2), of one head or several, of BM tokens."""
     half: tl.constexpr = C // 2
     of_q: tl.constexpr = (H * half + BN - 1) // BN
     of_k: tl.constexpr = (G * half + BN - 1) // BN
-    block, first_token = tl.program_id(0), tl.program_id(1) * BM
+    block = tl.program_id(0)
+    first_token = tl.program_id(1) * BM
     wait(PDL)
     live = tl.load(live_ptr)
     if past_live(first_token, BM, N, T, live):
         return
-    is_q, is_v = block < of_q, block >= of_q + of_k
-    weight_ptr, out_ptr = q_weight_ptr, q_ptr
+    is_q = block < of_q
+    is_v = block >= of_q + of_k
+    weight_ptr = q_weight_ptr
+    out_ptr = q_ptr
     if block >= of_q:
-        weight_ptr, out_ptr = k_weight_ptr, keys_ptr
+        weight_ptr = k_weight_ptr
+        out_ptr = keys_ptr
     if is_v:
-        weight_ptr, out_ptr = v_weight_ptr, values_ptr
+        weight_ptr = v_weight_ptr
+        out_ptr = values_ptr
     block -= tl.where(is_q, 0, tl.where(is_v, of_q + of_k, of_q))
-    pair, pairs = block * BN + tl.arange(0, BN), tl.where(is_q, H * half, G * half)
-    heads, c = pair // half, pair % half
+    pair = block * BN + tl.arange(0, BN)
+    pairs = tl.where(is_q, H * half, G * half)
+    heads = pair // half
+    c = pair % half
     n = first_token + tl.arange(0, BM)
-    first = tl.zeros([BM, BN], tl.float32)
-    second = tl.zeros([BM, BN], tl.float32)
-    for depth in range(0, D, BK):
-        d = depth + tl.arange(0, BK)
-        h_place = h_ptr + n[:, None] * D + d[None, :]
-        h = load_deep(h_place, (n < N)[:, None], d[None, :], D, BK)
-        place = weight_ptr + (heads * C + c)[None, :] * D + d[:, None]
-        known = (pair < pairs)[None, :]
-        first = dot(h, load_deep(place, known, d[:, None], D, BK), first)
-        second = dot(h, load_deep(place + half * D, known, d[:, None], D, BK), second)
+    known = pair < pairs
+    first, second = two_products(h_ptr, n, n < N, weight_ptr, heads * C + c, known, half, D, BK)
     launch_next(PDL)
-    b, new, at = n // T, n % T, tl.load(at_ptr)
+    b = n // T
+    new = n % T
+    at = tl.load(at_ptr)
     start = tl.load(start_ptr + b, mask=n < N, other=0)
-    mask = ((n < N) & (new < live))[:, None] & (pair < pairs)[None, :]
+    mask = ((n < N) & (new < live))[:, None] & known[None, :]
     if not is_v:
         angle = tl.maximum(at + new - start, 0)[:, None] * C + c[None, :]
         cos = tl.load(cos_ptr + angle, mask=mask, other=0.0)
@@ -595,20 +645,24 @@ def attend_many(
     (B*G, T/tokens), the longest first. A program owns BM // R tokens, whose R heads that share a
     key head are rows of one block: row m is head m % R of token m // R."""
     tokens: tl.constexpr = BM // R
-    b, g = tl.program_id(0) // G, tl.program_id(0) % G
+    b = tl.program_id(0) // G
+    g = tl.program_id(0) % G
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * tokens
     wait(PDL)
     live = tl.load(live_ptr)
     if first >= live:
         return
-    at, start = tl.load(at_ptr), tl.load(start_ptr + b)
-    m, c = tl.arange(0, BM), tl.arange(0, CP)
+    at = tl.load(at_ptr)
+    start = tl.load(start_ptr + b)
+    m = tl.arange(0, BM)
+    c = tl.arange(0, CP)
     new = first + m // R
     mask = ((m < tokens * R) & (new < live))[:, None] & (c < C)[None, :]
     heads = ((b * T + new) * H + g * R + m % R)[:, None] * C + c[None, :]
     q = tl.load(q_ptr + heads, mask=mask, other=0.0)
     base = (b * G + g).to(tl.int64) * S * C
-    keys_ptr, values_ptr = keys_ptr + base, values_ptr + base
+    keys_ptr = keys_ptr + base
+    values_ptr = values_ptr + base
     top = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     y = tl.zeros([BM, CP], tl.float32)
@@ -675,16 +729,12 @@ def attn_out_many(
     wait(PDL)
     if past_live(first, BM, N, T, tl.load(live_ptr)):
         return
-    i, n = tl.program_id(0) * BN + tl.arange(0, BN), first + tl.arange(0, BM)
-    total = tl.zeros([BM, BN], tl.float32)
-    for depth in range(0, D, BK):
-        d = depth + tl.arange(0, BK)
-        y_place = y_ptr + n[:, None] * D + d[None, :]
-        y = load_deep(y_place, (n < N)[:, None], d[None, :], D, BK)
-        place = weight_ptr + i[None, :] * D + d[:, None]
-        total = dot(y, load_deep(place, (i < D)[None, :], d[:, None], D, BK), total)
+    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = first + tl.arange(0, BM)
+    total = many_product(y_ptr, n, n < N, weight_ptr, i, i < D, D, BK)
     launch_next(PDL)
-    places, mask = x_ptr + n[:, None] * D + i[None, :], (n < N)[:, None] & (i < D)[None, :]
+    places = x_ptr + n[:, None] * D + i[None, :]
+    mask = (n < N)[:, None] & (i < D)[None, :]
     x = tl.load(places, mask=mask, other=0.0)
     out = rounded(rounded(total, x.dtype) * multiplier, x.dtype)
     tl.store(places, x.to(tl.float32) + out, mask=mask)
@@ -718,7 +768,8 @@ def route_many(
     """h = RMSNorm(x); Router: the K largest scores of h, of equal ones the lower index first, and
     the softmax of these K; and how many of the block's tokens chose each expert. Grid: (N/BM,).
     Tokens that are not real choose expert -1. A NaN counts as the least score, as in choose."""
-    block, e = tl.program_id(0), tl.arange(0, EP)
+    block = tl.program_id(0)
+    e = tl.arange(0, EP)
     n = block * BM + tl.arange(0, BM)
     rows = (n < N)[:, None]
     wait(PDL)
@@ -743,7 +794,8 @@ def route_many(
     scores = tl.where(scores == scores, scores, -float("inf"))
     chosen, w, taken = largest(scores, E, EP, K, KP, BM)
     k = tl.arange(0, KP)
-    places, mask = n[:, None] * K + k[None, :], rows & (k < K)[None, :]
+    places = n[:, None] * K + k[None, :]
+    mask = rows & (k < K)[None, :]
     tl.store(chosen_ptr + places, tl.where(real[:, None], chosen, -1), mask=mask)
     tl.store(w_ptr + places, w, mask=mask)
     counts = tl.sum(tl.where(real[:, None], taken, 0), axis=0)
@@ -762,7 +814,8 @@ def largest(
 ):
     """The K largest of each row of scores (BM, EP), one after the other: their indices and softmax
     (BM, KP), and 1 where an expert was taken (BM, EP)."""
-    e, k = tl.arange(0, EP)[None, :], tl.arange(0, KP)[None, :]
+    e = tl.arange(0, EP)[None, :]
+    k = tl.arange(0, KP)[None, :]
     taken = tl.zeros([BM, EP], tl.int32)
     chosen = tl.zeros([BM, KP], tl.int32)
     w = tl.zeros([BM, KP], tl.float32)
@@ -802,7 +855,8 @@ def sort_by_expert(
     program places its BM tokens behind those of the blocks before it, adding up all blocks' counts
     itself, and writes BX tiles. Without counts (not COUNTED: route wrote none) it is the only
     one."""
-    block, e = tl.program_id(0), tl.arange(0, EP)
+    block = tl.program_id(0)
+    e = tl.arange(0, EP)
     n = block * BM + tl.arange(0, BM)
     wait(PDL)
     mine = tl.zeros([BM, EP], tl.int32)
@@ -817,7 +871,8 @@ def sort_by_expert(
         total = tl.zeros([EP], tl.int32)
         for i in range(0, blocks, 32):
             other = i + tl.arange(0, 32)[:, None]
-            places, mask = counts_ptr + other * E + e[None, :], (other < blocks) & (e < E)[None, :]
+            places = counts_ptr + other * E + e[None, :]
+            mask = (other < blocks) & (e < E)[None, :]
             counts = tl.load(places, mask=mask, other=0)
             total += tl.sum(counts, axis=0)
             before += tl.sum(tl.where(other < block, counts, 0), axis=0)
@@ -883,16 +938,11 @@ def gate_up_many(
     rows = m < tl.load(tiles_ptr + 2 * tiles + tile)
     n = tl.load(order_ptr + m, mask=rows, other=0) // K
     f = tl.program_id(0) * BN + tl.arange(0, BN)
-    gate = tl.zeros([BM, BN], tl.float32)
-    up = tl.zeros([BM, BN], tl.float32)
-    for depth in range(0, D, BK):
-        d = depth + tl.arange(0, BK)
-        h = load_deep(h_ptr + n[:, None] * D + d[None, :], rows[:, None], d[None, :], D, BK)
-        place = weight_ptr + e * 2 * F * D + f[None, :] * D + d[:, None]
-        gate = dot(h, load_deep(place, (f < F)[None, :], d[:, None], D, BK), gate)
-        up = dot(h, load_deep(place + F * D, (f < F)[None, :], d[:, None], D, BK), up)
+    weight_ptr += e * 2 * F * D
+    gate, up = two_products(h_ptr, n, rows, weight_ptr, f, f < F, F, D, BK)
     launch_next(PDL)
-    places, mask = hidden_ptr + m[:, None] * F + f[None, :], rows[:, None] & (f < F)[None, :]
+    places = hidden_ptr + m[:, None] * F + f[None, :]
+    mask = rows[:, None] & (f < F)[None, :]
     tl.store(places, swiglu(gate, up, h_ptr.dtype.element_ty), mask=mask)
 
 
@@ -921,13 +971,8 @@ def down_many(
     m = tl.load(tiles_ptr + tiles + tile) + tl.arange(0, BM)
     rows = m < tl.load(tiles_ptr + 2 * tiles + tile)
     i = tl.program_id(0) * BN + tl.arange(0, BN)
-    total = tl.zeros([BM, BN], tl.float32)
-    for depth in range(0, F, BK):
-        f = depth + tl.arange(0, BK)
-        hidden_place = hidden_ptr + m[:, None] * F + f[None, :]
-        hidden = load_deep(hidden_place, rows[:, None], f[None, :], F, BK)
-        place = weight_ptr + e * D * F + i[None, :] * F + f[:, None]
-        total = dot(hidden, load_deep(place, (i < D)[None, :], f[:, None], F, BK), total)
+    weight_ptr += e * D * F
+    total = many_product(hidden_ptr, m, rows, weight_ptr, i, i < D, F, BK)
     launch_next(PDL)
     a = tl.load(order_ptr + m, mask=rows, other=0)
     mask = rows[:, None] & (i < D)[None, :]
@@ -952,7 +997,8 @@ def add_norm(
 ):
     """x += m_residual * sum over the K chosen of w_k * row_k, but not before the FIRST layer; then
     h = RMSNorm(x) with the next layer's norm or the last one. Grid: (N,), a token each."""
-    n, d = tl.program_id(0), tl.arange(0, DP)
+    n = tl.program_id(0)
+    d = tl.arange(0, DP)
     norm = load_row(norm_ptr, d, D)
     wait(PDL)
     x = load_row(x_ptr + n * D, d, D)
@@ -989,15 +1035,11 @@ def head_many(
 ):
     """logits = Head(h) / logits_scaling of each row's last live token. Grid: (V/BN, B/BM). A
     program owns BN logits of BM rows."""
-    i, b = tl.program_id(0) * BN + tl.arange(0, BN), tl.program_id(1) * BM + tl.arange(0, BM)
+    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    b = tl.program_id(1) * BM + tl.arange(0, BM)
     wait(PDL)
     n = b * T + tl.load(live_ptr) - 1
-    total = tl.zeros([BM, BN], tl.float32)
-    for depth in range(0, D, BK):
-        d = depth + tl.arange(0, BK)
-        h = load_deep(h_ptr + n[:, None] * D + d[None, :], (b < B)[:, None], d[None, :], D, BK)
-        place = weight_ptr + i[None, :] * D + d[:, None]
-        total = dot(h, load_deep(place, (i < V)[None, :], d[:, None], D, BK), total)
+    total = many_product(h_ptr, n, b < B, weight_ptr, i, i < V, D, BK)
     launch_next(PDL)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
     logits = rounded(rounded(total, dtype) / divisor, dtype)

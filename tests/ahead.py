@@ -1,12 +1,14 @@
 """Compile the kernels of fast/kernels.py ahead of time, for a card that is not there.
 
-    python tests/ahead.py [80|90|100] [1b|3b] [bfloat16|float16|float32] [STEP ...]
+    python tests/ahead.py CAPABILITY [1b|3b] [bfloat16|float16|float32] [STEP ...]
 
 Each launch of a forward pass goes through Triton's own binding and compiling, behind a driver that
 only says which card it would be. A line a kernel: registers, spills (stack), shared memory, and how
 many of its loads are of 16 bytes. STEP is rows x tokens, such as 1x1 or 1x2048.
 """
 
+import itertools
+import json
 import re
 import subprocess
 import sys
@@ -102,7 +104,8 @@ def compiled(capability: int, size: str, dtype: torch.dtype, rows: int, tokens: 
     """Each kernel of a pass, by its name: its options and facts."""
     triton.runtime.driver.set_active(Pretended(capability))
     one, found = forward(size, dtype, rows, tokens), {}
-    one.sizes["PDL"] = capability >= 90
+    one.dependent = capability >= 90
+    one.options = cuda.adapted(one.options, one.sizes, dtype, capability // 10)
     real = cuda.kernels
 
     def instead(name: str) -> SimpleNamespace:
@@ -136,20 +139,16 @@ def compiled(capability: int, size: str, dtype: torch.dtype, rows: int, tokens: 
 
 
 def main() -> None:
-    words = sys.argv[1:] or ["90"]
-    capabilities = [int(word) for word in words if word.isdigit()] or [90]
+    capability, *words = int(sys.argv[1]), *sys.argv[2:]  # one a process: Triton keeps kernels
     sizes = [word for word in words if word in ("1b", "3b")] or ["1b", "3b"]
     names = ("bfloat16", "float16", "float32")
     dtypes = [word for word in words if word in names] or ["bfloat16"]
     steps = [word for word in words if "x" in word] or STEPS
-    for capability in capabilities:
-        for size in sizes:
-            for dtype in dtypes:
-                for step in steps:
-                    rows, tokens = map(int, step.split("x"))
-                    made = compiled(capability, size, getattr(torch, dtype), rows, tokens)
-                    for name, fact in made.items():
-                        print(capability, size, dtype, step, name, fact, flush=True)
+    for size, dtype, step in itertools.product(sizes, dtypes, steps):
+        rows, tokens = map(int, step.split("x"))
+        made = compiled(capability, size, getattr(torch, dtype), rows, tokens)
+        for name, fact in made.items():
+            print(json.dumps([capability, size, dtype, step, name, fact]), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import http.server
 import io
 import json
 import os
-import select
 import re
+import select
 import shlex
 import signal
 import subprocess
