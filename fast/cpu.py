@@ -15,14 +15,14 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast import check
+from fast.guard import Guard
 from granitemoe import (
     Attention,
     GraniteMoeConfig,
@@ -180,22 +180,13 @@ Model = struct(SIZES, SCALARS, TENSORS)
 
 def weights_of(model: GraniteMoeForCausalLM) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The weights outside the layers, by their names in C, and those of the layers in order. A step
-    keeps these tensors, whatever happens to the model later. Raises ValueError for other models."""
-    body, tied = model.model, model.config.tie_word_embeddings
-    head = body.embed_tokens if tied else model.lm_head
-    outer = {"embed_tokens": body.embed_tokens.weight, "norm": body.norm.weight}
-    inner, expected = [], [f"{name}.weight" for name in LAYER]
-    for layer in body.layers:
-        own = dict(layer.named_parameters())
-        if odd := sorted({*own} ^ {*expected}):
-            raise ValueError(f"compiled steps: take Granite's own layers; {odd[0]!a:.60} differs")
-        inner += [own[name].detach() for name in expected]
-    outer = {name: x.detach() for name, x in (outer | {"head": head.weight}).items()}
-    if {x.dtype for x in (*outer.values(), *inner)} != {outer["norm"].dtype}:
-        raise ValueError("compiled steps: need weights of one dtype")
-    if not all(x.is_contiguous() for x in (*outer.values(), *inner)):
-        raise ValueError("compiled steps: need contiguous weights")
-    return outer, inner
+    keeps these tensors until it takes addresses anew. A Guard has read them."""
+    body = model.model
+    head = body.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    outer = {"embed_tokens": body.embed_tokens, "norm": body.norm, "head": head}
+    inner = [layer.get_submodule(name) for layer in body.layers for name in LAYER]
+    found = {name: module.weight.detach() for name, module in outer.items()}
+    return found, [module.weight.detach() for module in inner]
 
 
 def buffers(B: int, S: int, c: GraniteMoeConfig) -> dict[str, Tensor]:
@@ -228,7 +219,7 @@ def model_in_c(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Mo
     c, (L, B, G, S, C) = model.config, cache.keys.shape
     outer, inner = weights_of(model)
     cos, sin = rope_tables(torch.arange(S, **WHOLE)[None], c, cache.keys.dtype)
-    cached = {"keys": cache.keys, "values": cache.values, "pads": pads.clone()}
+    cached = {"keys": cache.keys, "values": cache.values, "pads": pads}
     held = outer | {"cos": cos, "sin": sin} | cached | buffers(B, S, c)
     layers = (ctypes.c_void_p * len(inner))(*[x.data_ptr() for x in inner])
     sizes = {"V": c.vocab_size, "D": c.hidden_size, "F": c.intermediate_size, "L": L, "G": G}
@@ -242,27 +233,22 @@ def model_in_c(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Mo
     return m
 
 
-def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
-    """The step of one token a row in C: from ids (B, 1) to logits (B, V)."""
-    run, m = library(cache.keys.dtype).step, model_in_c(model, cache, pads)
-    names = ("logits_NE", "expert_ids_NK", "weights_NK", "tied")
-    logits_NE, expert_ids_NK, weights_NK, tied = (m.held[name] for name in names)
-
-    def step(ids: Tensor) -> Tensor:
-        ids, logits = ids[:, 0].contiguous(), torch.empty(m.B, m.V, **FLOAT)
-        m.ids, m.logits = ids.data_ptr(), logits.data_ptr()
-        m.at, m.threads = cache.length, torch.get_num_threads()
-        tied[0] = -1
+def one_token(m: Model, cache: KVCache, start: int, ids: Tensor) -> Tensor:
+    """The step of one token a row in C: from ids (B, 1), for slot `start`, to logits (B, V)."""
+    ids, logits = ids[:, 0].contiguous(), torch.empty(m.B, m.V, **FLOAT)
+    m.ids, m.logits = ids.data_ptr(), logits.data_ptr()
+    m.at, m.threads = start, torch.get_num_threads()
+    run, tied = library(cache.keys.dtype).step, m.held["tied"]
+    tied[0] = -1
+    run(ctypes.byref(m))
+    while tied[0] >= 0:  # a layer's choice of experts is ambiguous: as Router makes it
+        top = m.held["logits_NE"].topk(m.K, dim=-1)
+        m.held["expert_ids_NK"][:] = top.indices
+        m.held["weights_NK"][:] = top.values.softmax(dim=-1)
         run(ctypes.byref(m))
-        while tied[0] >= 0:  # a layer's choice of experts is ambiguous: as Router makes it
-            top = logits_NE.topk(m.K, dim=-1)
-            expert_ids_NK[:], weights_NK[:] = top.indices, top.values.softmax(dim=-1)
-            run(ctypes.byref(m))
-        cache.ids[:, cache.length] = ids
-        cache.length += 1
-        return logits
-
-    return step
+    cache.ids[:, start] = ids
+    cache.length = start + 1
+    return logits
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -351,25 +337,36 @@ def read_prompt(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, ids:
 
 
 # ------------------------------------------------------------------------------------------- both
-def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
-    """See fast.step. The first step of a process builds the C texts, in a second or two."""
-    weight = model.model.norm.weight
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
-        what = f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}"
-        raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
-    check(model, cache, pads)
-    one_token, last_pad = token_step(model, cache, pads), int(pads.max())
+class Step:
+    """See fast.step. The first one of a process builds the C texts, in a second or two."""
+
+    def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
+        self.guard = Guard(model, cache, pads)
+        device, dtype = self.guard.device, self.guard.dtype
+        if device.type != "cpu" or dtype not in DTYPES:
+            got = f"{device}, {str(dtype).removeprefix('torch.')}"
+            need = "need CUDA, or a CPU and bfloat16 or float32"
+            raise ValueError(f"compiled steps: {need}; got {got}")
+        self.model, self.cache = model, cache
+        self.pads = pads.clone(memory_format=torch.contiguous_format)
+        self.last_pad = int(pads.max())
+        library(dtype)
+        self.m = model_in_c(model, cache, self.pads)
 
     @torch.no_grad()
-    def advance(ids: Tensor) -> Tensor:
-        T, room = ids.shape[1], cache.max_length
-        if cache.length + T > room:
-            raise ValueError(f"cache: {cache.length + T} tokens do not fit in {room}")
-        if T == 1 and cache.length >= last_pad:
-            return one_token(ids)
-        return read_prompt(model, cache, pads, ids)
+    def __call__(self, ids: Tensor) -> Tensor:
+        model, cache, V = self.model, self.cache, self.model.config.vocab_size
+        if self.guard.look(ids):
+            self.m = model_in_c(model, cache, self.pads)
+        low, high = ids.aminmax()
+        if low < 0 or high >= V:  # C would read beyond the embedding
+            raise ValueError(f"ids: must be from 0 to {V - 1}, got {int(low)} to {int(high)}")
+        if ids.shape[1] == 1 and self.guard.start >= self.last_pad:
+            return one_token(self.m, cache, self.guard.start, ids)
+        return read_prompt(model, cache, self.pads, ids)
 
-    return advance
+
+step = Step  # the name that each part has
 
 
 def parallel(dtype: torch.dtype) -> bool:
