@@ -8,14 +8,14 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +50,10 @@ FLAGS = [
 NATIVE = (["-march=native"], ["-mcpu=native"])  # the second where the first is not known
 FLOAT = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are: C relies on it
 WHOLE = {"dtype": torch.int64, "device": "cpu"}
+OPENMP = {True: ["-fopenmp"], False: []}
+FUNCTIONS = ("step", "attention", "experts")  # of the library
+CPUINFO = Path("/proc/cpuinfo")
+CPU_SECONDS = 120  # of a compiler, which takes one or two
 DTYPES = {torch.bfloat16: [], torch.float32: ["-DWEIGHT=float"]}
 
 
@@ -66,52 +70,152 @@ def has_compiler() -> bool:
     return shutil.which(compiler()[0]) is not None
 
 
-def compile_step(dtype: torch.dtype, file: Path) -> None:
-    """Build the C texts for this processor, with OpenMP if the compiler has it, or ValueError."""
-    said, texts = [], [str(file) for file in SOURCES if file.suffix == ".c"]
-    for parallel, native in itertools.product((["-fopenmp"], []), NATIVE):
-        line = [*compiler(), *FLAGS, *native, *parallel, *DTYPES[dtype], *texts]
-        try:
-            done = subprocess.run([*line, "-o", str(file), "-lm"], capture_output=True, input=b"")
-        except OSError as error:
-            tried = f"{compiler()[0]!a:.60} ($CC, else cc): {error.strerror}"
-            raise ValueError(f"compiled steps: need a C compiler; tried {tried}") from None
+def compile_step(dtype: torch.dtype, file: Path, parallel: bool) -> None:
+    """Build the C texts for this processor into a file, which then can be loaded. Or ValueError."""
+    if not has_compiler():
+        raise ValueError(
+            f"compiled steps: need a C compiler; tried {compiler()[0]!a:.60} ($CC, cc)"
+        )
+    texts = [str(each) for each in SOURCES if each.suffix == ".c"]
+    said = []
+    for native in NATIVE:
+        line = [*compiler(), *FLAGS, *native, *OPENMP[parallel], *DTYPES[dtype], *texts]
+        done = run_limited([*line, "-o", str(file), "-lm"])
+        said += done.stderr.decode(errors="replace").strip().splitlines()[:1]
         if done.returncode == 0:
-            with contextlib.suppress(OSError):  # zig cc builds with an OpenMP that is not there
-                if parallel:
-                    ctypes.CDLL(str(file))
+            if loaded(file) is not None:  # zig cc builds with an OpenMP that is not there
                 return
-        said += done.stderr.decode(errors="replace").strip().splitlines()[:1] or ["no message"]
-    raise ValueError(f"compiled steps: {compiler()[0]!a:.60} failed: {ascii(said[0])[1:-1]:.120}")
+            said.append("it built no library that can be loaded")
+    reason = ascii((said or ["no message"])[0])[1:-1]
+    raise ValueError(f"compiled steps: {compiler()[0]!a:.60} failed: {reason:.120}")
 
 
-def built_name(dtype: torch.dtype) -> str:
-    """A file name that changes with all that can change the library, the processor included."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    machine = (platform.machine(), platform.processor(), found)
+def run_limited(line: list[str]) -> subprocess.CompletedProcess:
+    """Run a compiler, which may outlive this process, but not by more than its CPU time."""
+    if os.name == "posix":  # the shell sets the limit: Python in a forked child could block
+        limit = f'ulimit -t {CPU_SECONDS} 2>/dev/null; exec "$@"'
+        line = ["/bin/sh", "-c", limit, "sh", *line]
+    return subprocess.run(line, capture_output=True, input=b"")
+
+
+def loaded(file: Path) -> ctypes.CDLL | None:
+    """A library with all functions of ours, or None."""
+    with contextlib.suppress(OSError):
+        found = ctypes.CDLL(str(file))
+        if all(hasattr(found, name) for name in FUNCTIONS):
+            return found
+    return None
+
+
+def processor() -> object:
+    """What -march=native depends on: by the system or, where it does not say, by the compiler."""
+    if CPUINFO.exists():
+        named = ("model name", "flags", "Features")
+        return sorted({x for x in CPUINFO.read_text().splitlines() if x.startswith(named)})
+    macros = ["-dM", "-E", "-x", "c", os.devnull]
+    with contextlib.suppress(OSError):
+        return [run_limited([*compiler(), *native, *macros]).stdout for native in NATIVE]
+    return None
+
+
+def built_name(dtype: torch.dtype, parallel: bool) -> str:
+    """The beginning of a file name, which changes with all that can change the library."""
     texts = [file.read_bytes() for file in SOURCES]
-    what = (texts, compiler(), FLAGS, DTYPES[dtype], machine)
-    return f"step-{hashlib.sha256(repr(what).encode()).hexdigest()[:20]}.so"
+    machine = (platform.machine(), platform.processor(), processor())
+    what = (texts, compiler(), FLAGS, OPENMP[parallel], DTYPES[dtype], machine)
+    return f"step-{hashlib.sha256(repr(what).encode()).hexdigest()[:20]}-"
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------- where it is kept
+def ours(path: Path, kind: Callable) -> bool:
+    """Whether a path is no link, of this kind, and nobody else's to write."""
+    found = path.lstat()
+    private = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return private and kind(found.st_mode)
+
+
+def nobody_elses(path: Path) -> bool:
+    """Whether no other user but root can replace what is in a folder."""
+    found = path.stat()
+    open_to_all = found.st_mode & 0o002 and not found.st_mode & stat.S_ISVTX
+    return found.st_uid in (0, os.geteuid()) and not open_to_all
+
+
+def kept_in() -> Path:
+    """The folder for what is built, which is made if need be. Raises OSError or RuntimeError where
+    there is none that only this user can write: what is in it is executed."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = named if named.is_absolute() else Path.home() / ".cache"
+    folder = base / "granitemoe"
+    if not hasattr(os, "geteuid"):
+        raise OSError("this system does not say whose a folder is")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.lstat().st_uid == os.geteuid() and not folder.is_symlink():
+        folder.chmod(0o700)
+    if not ours(folder, stat.S_ISDIR) or not all(map(nobody_elses, folder.resolve().parents)):
+        raise OSError(f"{folder} is not this user's alone")
+    return folder
+
+
+def find(folder: Path, name: str) -> ctypes.CDLL | None:
+    """The library of this name, if it is whole: its digest is the rest of its name."""
+    for file in sorted(folder.glob(f"{name}*.so")):
+        if ours(file, stat.S_ISREG) and file.name == f"{name}{digest(file.read_bytes())}.so":
+            found = loaded(file)
+            if found is not None:
+                return found
+        with contextlib.suppress(OSError):  # cut off, say: it is built anew
+            file.unlink()
+    return None
+
+
+def keep(file: Path, folder: Path, name: str) -> None:
+    """Move a library there at once, since another process may be building it too, and written
+    through to the disk, so that no part of it is there after a crash."""
+    with file.open("rb+") as opened:
+        data = opened.read()
+        os.fsync(opened.fileno())
+    file.chmod(0o700)
+    file.rename(folder / f"{name}{digest(data)}.so")
+
+
+def build(dtype: torch.dtype, folder: Path, parallel: bool, keeping: bool) -> ctypes.CDLL:
+    """From the folder, if it is there, or built; and kept there."""
+    name = built_name(dtype, parallel)
+    found = find(folder, name) if keeping else None
+    if found is None:
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            file = Path(unfinished, "step.so")
+            compile_step(dtype, file, parallel)
+            found = loaded(file)  # what is loaded stays loaded
+            if keeping:
+                keep(file, folder, name)
+    return found
+
+
+def parallel_or_not(dtype: torch.dtype, folder: Path, keeping: bool) -> ctypes.CDLL:
+    """With OpenMP, or without where the compiler cannot do it."""
+    try:
+        return build(dtype, folder, True, keeping)
+    except ValueError as with_openmp:
+        try:
+            return build(dtype, folder, False, keeping)
+        except ValueError:
+            raise with_openmp from None
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The C texts as a library, from the user's cache if it was built before. Or ValueError."""
-    name = built_name(dtype)
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "granitemoe")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-                compile_step(dtype, file := Path(unfinished, name))
-                file.rename(folder / name)  # at once: another process may be building it too
-        return ctypes.CDLL(str(folder / name))
+        return parallel_or_not(dtype, kept_in(), True)
     except (OSError, RuntimeError):  # no home, or nothing can be written or executed there
-        with tempfile.TemporaryDirectory() as folder:  # what is loaded stays loaded
-            compile_step(dtype, file := Path(folder, name))
-            return ctypes.CDLL(str(file))
+        with tempfile.TemporaryDirectory() as folder:
+            return parallel_or_not(dtype, Path(folder), False)
 
 
 SIZES = ("V", "D", "F", "L", "H", "G", "C", "E", "K", "B", "S", "at", "threads")

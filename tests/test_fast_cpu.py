@@ -797,32 +797,114 @@ def test_built_once_and_kept(fresh, folder, monkeypatch):
     assert not found and not fresh.exists()
     assert collect(model, [[5]], 3, compiled=True) == plain
     (built,) = fresh.iterdir()
+    assert fresh.stat().st_mode & 0o777 == 0o700
     cpu.library.cache_clear()
     monkeypatch.setattr(cpu, "compile_step", None)
     assert collect(model, [[5]], 3, compiled=True) == plain
     monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-DOTHER"])
-    assert cpu.built_name(torch.float32) != built.name
+    assert not built.name.startswith(cpu.built_name(torch.float32, True))
 
 
-@pytest.mark.parametrize("cache", ("a file", "no home", "not a library"))
+@pytest.mark.parametrize("cache", ("a file", "no home", "a link", "another user's", "open to all"))
 def test_a_cache_that_cannot_be_used(cache, fresh, folder, monkeypatch):
     """Then it is built for this process alone, and leaves nothing."""
     if cache == "a file":
         fresh.parent.write_text("")
     elif cache == "no home":
-        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which its specification ignores
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    elif cache == "a link":
+        fresh.parent.mkdir()
+        (fresh.parent / "other").mkdir()
+        fresh.symlink_to(fresh.parent / "other")
+    elif cache == "another user's":
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
     else:
-        fresh.mkdir(parents=True)
-        (fresh / cpu.built_name(torch.float32)).write_text("cut off")
+        fresh.parent.mkdir()
+        fresh.parent.chmod(0o777)
     model = generate.load_model(folder)
     assert collect(model, [[5]], 3, compiled=True) == collect(model, [[5]], 3)
+    kept = [*fresh.parent.rglob("*.so")] if fresh.parent.is_dir() else []
+    assert not kept and not Path("relative").exists()
+
+
+def spoil(file: Path, how: str) -> None:
+    data = file.read_bytes()
+    if how == "cut":
+        os.truncate(file, len(data) // 2)
+    elif how == "zeros":
+        file.write_bytes(bytes(len(data)))
+    elif how == "writable":
+        file.chmod(0o777)
+    else:
+        file.unlink()
+        if how == "a FIFO":
+            os.mkfifo(file)
+        elif how == "a link":
+            other = file.with_name("other")
+            other.write_bytes(data)
+            file.symlink_to(other)
+        else:  # a library, by its name whole, that is not ours
+            subprocess.run(
+                [*cpu.compiler(), "-shared", "-x", "c", os.devnull, "-o", str(file)], check=True
+            )
+            name = file.name.rpartition("-")[0]
+            file.rename(file.with_name(f"{name}-{cpu.digest(file.read_bytes())}.so"))
+
+
+@pytest.mark.parametrize("how", ("cut", "zeros", "writable", "a FIFO", "a link", "no symbols"))
+def test_a_library_that_is_not_whole_is_built_anew(how, fresh, folder):
+    """In place: before, it ended in SIGBUS, a wait or an AttributeError, for ever."""
+    model = generate.load_model(folder)
+    plain = collect(model, [[5]], 3)
+    assert collect(model, [[5]], 3, compiled=True) == plain
+    (built,) = fresh.iterdir()
+    before = built.read_bytes()
+    spoil(built, how)
+    cpu.library.cache_clear()
+    assert collect(model, [[5]], 3, compiled=True) == plain
+    (again,) = (file for file in fresh.iterdir() if file.suffix == ".so")
+    assert again.is_file() and not again.is_symlink() and again.stat().st_mode & 0o777 == 0o700
+    assert again.name.endswith(f"{cpu.digest(again.read_bytes())}.so")
+    assert len(again.read_bytes()) == len(before)
+
+
+def test_a_compiler_has_a_limit_of_time(fresh, folder, tmp_path, monkeypatch):
+    """Of CPU time, which goes on to count when this process has ended."""
+    monkeypatch.setattr(cpu, "CPU_SECONDS", 1)
+    monkeypatch.setenv("CC", script(tmp_path, "while :; do :; done"))
+    with pytest.raises(ValueError, match="compiled steps: .* failed: no message"):
+        collect(generate.load_model(folder), [[5]], 2, compiled=True)
+
+
+def test_the_name_has_the_processor_in_it(tmp_path, monkeypatch):
+    """Where there is no /proc/cpuinfo, too: as the compiler describes it."""
+    names = {cpu.built_name(torch.float32, True)}
+    monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
+    for macro in ("__AVX2__", "__AVX512F__"):
+        monkeypatch.setenv("CC", script(tmp_path, f"echo '#define {macro} 1'"))
+        names.add(cpu.built_name(torch.float32, True))
+    assert len(names) == 3
+
+
+def test_openmp_is_in_the_name(fresh, folder, tmp_path, monkeypatch):
+    """A library without it is not taken, once the compiler has it."""
+    text = 'test -e "$0.new" || case "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"'
+    monkeypatch.setenv("CC", script(tmp_path, text))
+    model = generate.load_model(folder)
+    for form, built in (("C, in one thread (no OpenMP)", 1), ("C", 2)):
+        collect(model, [[5]], 2, compiled=True)
+        assert fast.description(model) == form and len([*fresh.iterdir()]) == built
+        (tmp_path / "compiler.new").write_text("")
+        cpu.library.cache_clear()
 
 
 @pytest.mark.parametrize("text, words", (
-    (None, r"need a C compiler; tried '.* \(\$CC, else cc\): No such file"),
+    (None, r"need a C compiler; tried '.* \(\$CC, cc\)"),
     ("echo 'cpu.c:1: error: no' >&2; echo more >&2; exit 1", "failed: cpu.c:1: error: no$"),
     ("exit 3", "failed: no message$"),
+    ("exit 0", "failed: it built no library that can be loaded$"),
 ))  # fmt: skip
 def test_a_compiler_that_fails(text, words, fresh, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", script(tmp_path, text) if text else str(tmp_path / "compiler"))
