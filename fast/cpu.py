@@ -45,7 +45,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
-    "-fassociative-math",
+    "-fopenmp-simd",  # sums that say so may be in any order; no library is needed
 ]
 NATIVE = (["-march=native"], ["-mcpu=native"])  # the second where the first is not known
 FLOAT = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are: C relies on it
@@ -294,7 +294,7 @@ def weights_of(model: GraniteMoeForCausalLM) -> tuple[dict[str, Tensor], list[Te
 
 
 def buffers(B: int, S: int, c: GraniteMoeConfig) -> dict[str, Tensor]:
-    """What a step computes, by its names in C; an Act there has 4 bytes or fewer."""
+    """What a step computes, by its names in C; an Activation has 4 bytes or fewer."""
     D, E, K, F = c.hidden_size, c.num_local_experts, c.num_experts_per_tok, c.intermediate_size
     H, kv, M = c.num_attention_heads, c.num_key_value_heads * c.head_dim, B * K
     floats = {
@@ -356,7 +356,7 @@ def one_token(m: Model, cache: KVCache, start: int, ids: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------- prompts
-RUN, KEYS = 256, 96  # as in prompt.c
+RUN, KEYS, MOST_C = 256, 96, 128  # as in prompt.c
 AttentionInC = struct(
     ("B", "H", "G", "T", "S", "C", "threads"), ("scale",), ("q", "k", "values", "y", "pads")
 )
@@ -371,7 +371,7 @@ def attend_in_c(q: Tensor, k: Tensor, v: Tensor, pads: Tensor, scale: float) -> 
     """Causal attention of q (B, H, T, C) on k, v (B, G, S, C) from each row's first slot on, pads
     (B, 1). Returns (B, H, T, C)."""
     (B, H, T, C), (_, G, S, _) = q.shape, k.shape
-    if C > 512:  # too large for a thread's stack
+    if C > MOST_C:  # too large for a thread's stack
         slots = torch.arange(S, **WHOLE)
         return attend_sdpa(q, k, v, visible(slots[S - T :], slots >= pads), scale, 0.0)
     values = F.pad(v, (0, 0, 0, -S % KEYS)).unflatten(2, (-1, KEYS)).transpose(-1, -2)
