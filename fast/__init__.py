@@ -38,6 +38,13 @@ def check(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
     Guard(model, cache, pads)
 
 
+def trial(model: GraniteMoeForCausalLM, rows: int) -> list[list[int]]:
+    """Prompts for a first reply, in which all is compiled: of two lengths, since several prompts
+    are seldom of one. A context of 1 has no room for the second token."""
+    longest = [0, 0][: model.config.max_position_embeddings]
+    return [longest] + [[0]] * (rows - 1)
+
+
 def description(model: GraniteMoeForCausalLM) -> str:
     """How the steps of a model run, in words, if step takes it."""
     weight = model.model.norm.weight

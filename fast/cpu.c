@@ -331,8 +331,8 @@ static void head(const Model *m) {
     }
 }
 
-/* The whole step. Where a layer's choice of experts is ambiguous, it ends with that layer in `tied`.
-   cpu.py then fills in the choice and calls again, and it goes on from there. */
+/* The whole step. Where a layer's choice of experts is ambiguous, it ends with that layer in
+   `tied`. cpu.py then fills in the choice and calls again, and it goes on from there. */
 void step(const Model *m) {
     const Int tied = *m->tied;
     const Int first = tied < 0 ? 0 : tied;
