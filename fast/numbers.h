@@ -33,7 +33,7 @@ static inline float rounded(float x) {
     return to_float(to_weight(x));
 }
 
-/* ----------------------------------------------------------------------------- registers of them */
+/* -------------------------------------------------------------------------- registers of them */
 /* A product takes a Register of weights and one of activations, and adds to a register of Floats.
    Activations are kept so that they need no conversion there. */
 #if !defined to_weight && defined __AVX512BF16__ /* bfloat16 products: 8 rows in 0.86 of the time */

@@ -210,8 +210,8 @@ typedef struct {
 } Experts;
 
 /* "hidden = swiglu(F.linear(x_ND[tokens], gate_up_EPD[e]))": p->hidden of gate_up (2 F, D) and
-   p->x, half of ROWS for the gate and half for up. 0 makes up a pair: an infinite number would be NaN
-   with the weight 0. */
+   p->x, half of ROWS for the gate and half for up. 0 makes up a pair: an infinite number would
+   be NaN with the weight 0. */
 static void gate_and_up(const Experts *p, const WEIGHT *gate_up, Int M, Int even_D, Int even_F) {
     const Int D = p->D, F = p->F, half = ROWS / 2;
     SHARE (b, (F + half - 1) / half) {

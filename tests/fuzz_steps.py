@@ -69,6 +69,8 @@ def happen(kind: str, name: str, model, cache, rng: Random) -> None:
 def reply(make, model, ids, pads, pieces, event, at, rng) -> list:
     """Logits after each piece; the event happens before piece `at`."""
     cache = KVCache(model.config, *ids.shape, dtype=model.model.norm.weight.dtype)
+    cache.keys.zero_()  # what was never written is compared too, where a length is changed
+    cache.values.zero_()
     if at < 0:
         happen(*event, model, cache, rng)
     step, found = make(model, cache, pads), []
@@ -93,8 +95,9 @@ def case(number: int, seed: int) -> str:
         pieces = [cut, first - cut, *[1] * tokens]
     kind = rng.choice(KINDS)
     names = {"moved": FOLLOWED, "harmless": CHANGED_WITHOUT_A_NUMBER, "model": CHANGES}
-    names |= {"cache": CACHES}
-    event = (kind, rng.choice([*names.get(kind, [""])]))
+    # a length that goes back among a row's padding leaves logits that mean nothing
+    names |= {"cache": CACHES.keys() - {"length beyond"}}
+    event = (kind, rng.choice(sorted(names.get(kind, [""]))))
     at = rng.choice((-1, rng.randrange(len(pieces))))
     found, model = [], None
     for make in (generate.plain_step, fast.step):
@@ -130,9 +133,9 @@ def main(count: int, seed: int, only: int | None = None) -> int:
         cpu.library(dtype)  # built once, before the forks
     for number in range(count) if only is None else [only]:
         outcome = forked(lambda n=number: print("\n" + case(n, seed), end=""), seconds=60)
-        said = (
-            outcome.out if outcome.status == 0 else f"status {outcome.status} {outcome.err[-300:]}"
-        )
+        said = outcome.out.rpartition("\n")[2]
+        if outcome.status:
+            said = f"status {outcome.status} {outcome.err[-300:]}"
         if said not in ("equal", "refused"):
             wrong += 1
             print(f"case {number}: {said}", flush=True)
