@@ -892,7 +892,7 @@ def test_the_name_has_the_processor_in_it(tmp_path, monkeypatch):
 
 def test_openmp_is_in_the_name(fresh, folder, tmp_path, monkeypatch):
     """A library without it is not taken, once the compiler has it."""
-    text = 'test -e "$0.new" || case "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"'
+    text = 'test -e "$0.new" || case "$*" in *"-fopenmp "*) exit 1;; esac\nexec cc "$@"'
     monkeypatch.setenv("CC", script(tmp_path, text))
     model = generate.load_model(folder)
     for form, built in (("C, in one thread (no OpenMP)", 1), ("C", 2)):
@@ -930,7 +930,7 @@ def test_a_compiler_that_cannot_be_split(fresh, folder, monkeypatch):
 ))  # fmt: skip
 def test_what_a_compiler_lacks(lacks, form, fresh, folder, tmp_path, monkeypatch):
     """OpenMP, or the name that others have for this processor."""
-    text = f'case "$*" in *{lacks}*) exit 1;; esac\nexec cc $(echo "$*" | sed s/-mcpu=native//)'
+    text = f'case "$*" in *"{lacks} "*) exit 1;; esac\nexec cc $(echo "$*" | sed s/-mcpu=native//)'
     monkeypatch.setenv("CC", script(tmp_path, text))
     model = generate.load_model(folder)
     assert collect(model, PROMPTS, 5, compiled=True) == collect(model, PROMPTS, 5)
@@ -940,7 +940,7 @@ def test_what_a_compiler_lacks(lacks, form, fresh, folder, tmp_path, monkeypatch
 def test_an_openmp_that_cannot_be_loaded(fresh, folder, tmp_path, monkeypatch):
     """A compiler may build against it all the same, as zig cc does."""
     (tmp_path / "gone.c").write_text("void gone(void); void call(void) { gone(); }")
-    text = f'case "$*" in *-fopenmp*) exec cc "$@" {tmp_path}/gone.c;; esac\nexec cc "$@"'
+    text = f'case "$*" in *"-fopenmp "*) exec cc "$@" {tmp_path}/gone.c;; esac\nexec cc "$@"'
     monkeypatch.setenv("CC", script(tmp_path, text))
     model = generate.load_model(folder)
     assert collect(model, PROMPTS, 5, compiled=True) == collect(model, PROMPTS, 5)
