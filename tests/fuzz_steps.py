@@ -67,17 +67,18 @@ def happen(kind: str, name: str, model, cache, rng: Random) -> None:
         view(model, cache, rng)
 
 
-def reply(make, model, ids, pads, pieces, event, at, rng) -> list:
+def reply(make, model, ids, pads, pieces, event, rng) -> list:
     """Logits after each piece; the event happens before piece `at`."""
+    kind, name, at = event
     cache = KVCache(model.config, *ids.shape, dtype=model.model.norm.weight.dtype)
     cache.keys.zero_()  # what was never written is compared too, where a length is changed
     cache.values.zero_()
     if at < 0:
-        happen(*event, model, cache, rng)
+        happen(kind, name, model, cache, rng)
     step, found = make(model, cache, pads), []
     for i, piece in enumerate(ids.split(pieces, dim=1)):
         if i == at:
-            happen(*event, model, cache, rng)
+            happen(kind, name, model, cache, rng)
         found.append(step(piece).clone())
     return found
 
@@ -112,13 +113,13 @@ def case(number: int, seed: int) -> str:
     if first > 1 and rng.random() < 0.5:
         cut = rng.randint(1, first - 1)
         pieces = [cut, first - cut, *[1] * tokens]
-    event, at = an_event(rng), rng.choice((-1, rng.randrange(len(pieces))))
+    event = (*an_event(rng), rng.choice((-1, rng.randrange(len(pieces)))))
     found = []
     for make in (generate.plain_step, fast.step):
         model = build(number, dtype, **changes)
         ids = random_rows(model, rows, first + tokens)
         try:
-            found.append(reply(make, model, ids, pads, pieces, event, at, Random(number)))
+            found.append(reply(make, model, ids, pads, pieces, event, Random(number)))
         except Exception as error:
             if make is fast.step:
                 short = "\n" not in str(error) and len(str(error)) < 200
