@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fast import Guard
+from fast.guard import Guard
 from granitemoe import DecoderLayer, GraniteMoeConfig, GraniteMoeForCausalLM, KVCache, rope_tables
 
 try:
