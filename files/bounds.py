@@ -5,6 +5,7 @@ lets a text grow to is bounded before anything is built from it. Released tokeni
 """
 
 import base64
+import re
 from collections.abc import Iterator
 
 from files.checkpoint import require
@@ -68,6 +69,8 @@ def check_part(section: str, part: dict) -> int:
         few = not isinstance(ids, list) or len(ids) <= MAX_PIECES
         require(few, f"{section}: special_tokens: over {MAX_PIECES} ids in one")
     if kind == "Replace":
+        empty = f"{section}: {kind!a:.20}: an empty match of {pattern!a:.40}"
+        require(not matches_nothing(part["pattern"]), empty)
         if "String" in part["pattern"]:
             return max(1, -(-len(content) // len(pattern)))
         return 1 + len(content)  # it may match at every place, and between any two
@@ -92,13 +95,25 @@ def pattern_of(part: dict) -> str | None:
     return value
 
 
+def matches_nothing(pattern: dict[str, str]) -> bool:
+    """Whether a regular expression finds the empty text, and so would insert something everywhere.
+    As far as Python's syntax is the library's: others fail in use, in one line."""
+    try:
+        spelled = re.sub(r"\\[pP]\{\^?\w+\}", r"\\w", pattern.get("Regex", "x"))
+        return re.compile(spelled).match("") is not None
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
 def check_pieces(name: str, pieces: object) -> None:
     """What is put around a text, of which each text may be a part once."""
     if not isinstance(pieces, list):
         return
     require(len(pieces) <= MAX_PIECES, f"{name}: over {MAX_PIECES} pieces")
-    found = [str(piece["Sequence"]) for piece in pieces if "Sequence" in piece]
-    ids = [text.partition("'id': ")[2][:3] for text in found]
+    texts = [
+        piece["Sequence"] for piece in pieces if isinstance(piece, dict) and "Sequence" in piece
+    ]
+    ids = [str(text.get("id")) for text in texts if isinstance(text, dict)]
     require(len(ids) == len({*ids}), f"{name}: a text comes twice")
 
 

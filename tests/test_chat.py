@@ -230,8 +230,8 @@ def test_one_token_within_another(folder):
 
 
 @pytest.mark.parametrize("template, shape", (
-    ("{{ messages[0] | tojson(ensure_ascii=true) }}<|end_of_text|>", '{"role": "user", "content": "%s"}'),
-    ("{{ messages[0] | tojson }}<|end_of_text|>", '{"role": "user", "content": "%s"}'),
+    ("{{ [messages[0].content] | tojson(ensure_ascii=true) }}<|end_of_text|>", '["%s"]'),
+    ("{{ [messages[0].content] | tojson }}<|end_of_text|>", '["%s"]'),
     ("{{ messages[0].content | urlencode }}<|end_of_text|>", "%s"),
 ))  # fmt: skip
 def test_filters_that_escape(template, shape, folder):
@@ -259,7 +259,8 @@ def test_a_piece_in_the_middle_of_a_text(folder):
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     made.add_special_tokens([END])
     made.save(str(folder / "tokenizer.json"))
-    put("chat_template.jinja", b"{{ messages[0].content }}<|end_of_text|>{{ messages[1].content }}")(folder)
+    template = b"{{ messages[0].content }}<|end_of_text|>{{ messages[1].content }}"
+    put("chat_template.jinja", template)(folder)
     tok = load_tokenizer(folder)
     ids = load_chat_template(folder, tok)([("user", END), ("user", "b" + END)])
     spelled = [*map(vocab.get, END)]
@@ -407,7 +408,8 @@ def test_whatever_the_caller_does_with_signals(state, folder, monkeypatch):
 
 def test_threads_share_a_template(folder, theirs):
     """One process at a time is asked; after one that had to be ended, another is started."""
-    put("chat_template.jinja", GRANITE.encode() + b"{{ 1 / 0 if messages[0].content == 'no' }}")(folder)
+    template = GRANITE + "{{ 1 / 0 if messages[0].content == 'no' }}"
+    put("chat_template.jinja", template.encode())(folder)
     ours = load_chat_template(folder, load_tokenizer(folder))
     jobs = [[("user", f"a{n}")] for n in range(40)]
     alone = [ours(job) for job in jobs]
@@ -455,8 +457,8 @@ ROWS = [
     ("template: not UTF-8", put("chat_template.jinja", b"\xff"), "chat_template.jinja"),
     *[(f"template: a {kind}", instead("chat_template.jinja", make), "chat_template.jinja regular")
       for kind, make in (("folder", Path.mkdir), ("FIFO", fifo), ("device", device))],
-    ("template: a dangling link", instead(
-        "chat_template.jinja", lambda path: path.symlink_to("no such")), "chat_template.jinja link"),
+    ("template: a dangling link", instead("chat_template.jinja", lambda p: p.symlink_to("no such")),
+     "chat_template.jinja link"),
 ]  # fmt: skip
 
 
