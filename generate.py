@@ -287,10 +287,10 @@ class TextStream:
     """A row's ids in, its text out as soon as it is certain: decode(prompt + new) from the prompt's
     end on, in whole characters, without a stop text and what comes after an end."""
 
-    def __init__(self, decode, stops, ends, prompt) -> None:
+    def __init__(self, decode, stops=(), ends=(), prompt=()) -> None:
         self.decode, self.stops, self.ends = decode, stops, ends
         self.made = 0  # how many new ids, an end included
-        self.known = prompt  # the last ids with a known text
+        self.known = list(prompt)  # the last ids with a known text
         self.unread = []  # the ids after them
         self.held = ""  # a known text that may become a stop
         self.text = ""  # what was given out

@@ -575,6 +575,16 @@ def test_ctrl_c_ends_a_reply_and_not_the_conversation(tmp_path):
     assert process.returncode == 130
 
 
+def test_a_loop_of_ones_own_prints_whole_characters(speaker, capsys):
+    """As the README has it."""
+    model, tok = generate.load_model(speaker), load_tokenizer(speaker)
+    ids = tok.encode(PROMPT).ids
+    text, shown = generate.TextStream(tok.decode, prompt=ids), []
+    for (token,) in generate.generate(model, [ids], 20, eos_token_ids=()):
+        shown.append(text.push(token))
+    assert "😀" in shown and "ü" in shown and "".join(shown).startswith(SAID.split("\ufffd")[0])
+
+
 # ------------------------------------------------------------------------------------------ faults
 
 
