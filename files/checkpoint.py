@@ -358,16 +358,15 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
         spare = {shard for name, shard in weight_map.items() if ABSENT.fullmatch(name)}
         spare -= {shard for name, shard in weight_map.items() if not ABSENT.fullmatch(name)}
         shards = {s for s in weight_map.values() if s not in spare or (folder / s).exists()}
-        headers = read_headers(folder, {s: names_in(weight_map, s) for s in sorted(shards)})
+        named: dict[str, set[str]] = {shard: set() for shard in sorted(shards)}
+        for name, shard in weight_map.items():
+            named.get(shard, set()).add(name)
+        headers = read_headers(folder, named)
         found = {name: headers.get(shard, {}).get(name) for name, shard in weight_map.items()}
         for name, tensor in found.items():
             good = tensor or ABSENT.fullmatch(name)
             require(good, f"{name!a:.60}: is not in {weight_map[name]!a:.60}")
     return by_released_name({name: tensor for name, tensor in found.items() if tensor})
-
-
-def names_in(weight_map: dict[str, str], shard: str) -> set[str]:
-    return {name for name, at in weight_map.items() if at == shard}
 
 
 def read_headers(folder: Path, shards: dict[str, set[str]]) -> dict[str, dict[str, Stored]]:
