@@ -13,8 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
+
+if __name__ == "__main__":  # python -P and -I leave this folder out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from files import terminal
 
@@ -24,9 +28,10 @@ with terminal.starting(__name__):
 
     import fast
     from files import checkpoint
+    from files.arguments import as_ids, check_prompts, is_number, take_numbers
     from files.chat import load_chat_template
     from files.checkpoint import DTYPES, CheckpointError  # noqa: F401  (what load_model raises)
-    from files.tokenizer import decoder, encode, load_tokenizer
+    from files.tokenizer import chat_ends, decoder, encode, load_tokenizer
     from granitemoe import ATTENTION, EXPERTS, GraniteMoeForCausalLM, KVCache, auto_experts
 
 TINY = terminal.TINY
@@ -174,34 +179,12 @@ def plain_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> fa
     return step
 
 
-def check_prompts(prompts, last, context) -> None:
-    """Raises ValueError unless all are lists of ids from 0 to last, no longer than the context."""
-    if not isinstance(prompts, list) or not prompts:
-        raise ValueError("prompts: must be a list of at least one prompt")
-    for row, ids in enumerate(prompts):
-        if not isinstance(ids, list) or not ids:
-            raise ValueError(f"prompts[{row}]: must be a list of ids, not empty")
-        if len(ids) > context:
-            raise ValueError(f"prompts[{row}]: has {len(ids)} tokens, room is for {context}")
-        for at, i in enumerate(ids):
-            if not is_number(i, Integral, 0, last):
-                raise ValueError(f"prompts[{row}][{at}]: {i!a:.40} must be an id from 0 to {last}")
-
-
 def end_tokens(model: GraniteMoeForCausalLM, given) -> set[int]:
     """Those given or, for None, the model's own: its config names none, one or several."""
-    ends = model.config.eos_token_id if given is None else given
-    if isinstance(ends, Integral):
-        return {ends}
-    return set(ends or ())
+    return as_ids("eos_token_ids", model.config.eos_token_id if given is None else given)
 
 
 # ------------------------------------------------------------------------------------ the next id
-def is_number(value, kind, low, high=torch.inf) -> bool:
-    """Integral or Real, from low to high; NaN and booleans are not."""
-    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
-
-
 @dataclass(frozen=True)
 class Sampling:
     """generate's arguments of these names. Raises ValueError."""
@@ -215,6 +198,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        take_numbers(self)
         if not is_number(self.max_new_tokens, Integral, 0):
             self.refuse("max_new_tokens", "an integer >= 0")
         if not is_number(self.temperature, Real, 0, 1e4) or 0 < self.temperature < 1e-4:
@@ -284,7 +268,7 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generators: list) -
 def row_generators(seed, rows) -> list:
     """One for each row: its samples do not depend on other rows, nor the caller's random state on
     us."""
-    generators = [torch.Generator() for _ in range(rows)]
+    generators = [torch.Generator("cpu") for _ in range(rows)]
     for row, generator in enumerate(generators):
         generator.seed() if seed is None else generator.manual_seed(int(seed) + row)
     return generators
@@ -292,7 +276,8 @@ def row_generators(seed, rows) -> list:
 
 def uniform_rows(generators: list, device: torch.device) -> Tensor:
     """A number from 0 to 1 for each row (B, 1), in float64 where the device has it."""
-    numbers = [torch.rand(1, generator=each, dtype=torch.float64) for each in generators]
+    draw = partial(torch.rand, 1, dtype=torch.float64, device="cpu")
+    numbers = [draw(generator=each) for each in generators]
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.stack(numbers).to(device, dtype)
 
@@ -302,10 +287,10 @@ class TextStream:
     """A row's ids in, its text out as soon as it is certain: decode(prompt + new) from the prompt's
     end on, in whole characters, without a stop text and what comes after an end."""
 
-    def __init__(self, decode, stops, ends, prompt) -> None:
+    def __init__(self, decode, stops=(), ends=(), prompt=()) -> None:
         self.decode, self.stops, self.ends = decode, stops, ends
         self.made = 0  # how many new ids, an end included
-        self.known = prompt  # the last ids with a known text
+        self.known = list(prompt)  # the last ids with a known text
         self.unread = []  # the ids after them
         self.held = ""  # a known text that may become a stop
         self.text = ""  # what was given out
@@ -355,26 +340,31 @@ class TextStream:
 
 def stream(model, prompts, heads, decode, args, cache=None) -> list[TextStream]:
     """Generate and print, after heads: the first row as it is made, the others in turn."""
-    ends = end_tokens(model, None)
+    ends = end_tokens(model, None) | args.ends
     rows = [TextStream(decode, args.stop, ends, ids) for ids in prompts]
     texts = list(heads)  # not shown yet
     first = 0  # the row that is shown as it is made
     times = [time.perf_counter()]
-    options = asdict(args.sampling)
-    for ids in generate(model, prompts, **options, cache=cache, compiled=args.compile):
-        times.append(time.perf_counter())
-        for row, token_id in enumerate(ids):
-            texts[row] += rows[row].push(token_id)
-        while rows[first].ended and first + 1 < len(rows):
-            terminal.write(texts[first] + rows[first].finish() + "\n\n")
-            first += 1
-        terminal.write(texts[first])
-        texts[first] = ""
-        if all(row.ended for row in rows):
-            break
+    options = asdict(args.sampling) | {"cache": cache, "compiled": args.compile}
+    try:
+        for ids in generate(model, prompts, eos_token_ids=ends, **options):
+            times.append(time.perf_counter())
+            for row, token_id in enumerate(ids):
+                texts[row] += rows[row].push(token_id)
+            while rows[first].ended and first + 1 < len(rows):
+                terminal.write(texts[first] + rows[first].finish() + "\n\n")
+                first += 1
+            terminal.write(texts[first])
+            texts[first] = ""
+            if all(row.ended for row in rows):
+                break
+    except KeyboardInterrupt:
+        if cache is None:
+            raise
+        rows[0].ended = True  # of a conversation, it ends the reply
     rest = [text + row.finish() for text, row in zip(texts[first:], rows[first:], strict=True)]
     terminal.write("\n\n".join(rest) + "\n")
-    terminal.report(model, prompts, rows, times)
+    terminal.report(model, prompts, rows, times, args)
     return rows
 
 
@@ -417,43 +407,36 @@ def open_model(args: argparse.Namespace, folder: Path) -> GraniteMoeForCausalLM:
         trial = fast.trial(model, len(args.prompts))
         list(generate(model, trial, 2, eos_token_ids=(), compiled=True))
         terminal.note(f"[compiled in {time.perf_counter() - began - loaded:.1f} s]")
-        runs = f"compiled: {fast.description(model)}"
-    else:
-        runs = f"attention: {model.config.attention_backend}"
-        runs += f", experts: {model.config.experts_backend}"
-        if fast.pays(model):
-            runs += "; --compile decodes 3 x as fast"  # bench/RESULTS.md
-    terminal.introduce(model, runs, loaded)
+    compiled = args.compile and fast.description(model)
+    terminal.introduce(model, loaded, compiled, fast.pays(model))
     return model
 
 
 def run() -> None:
     """The command: text to ids, ids to text."""
-    tables = {"dtypes": DTYPES, "attention": ATTENTION, "experts": EXPERTS}
-    args = terminal.parse_args(sys.argv[1:], complete, **tables)
+    args = terminal.parse_args(sys.argv[1:], complete, DTYPES, ATTENTION, EXPERTS)
     folder = checkpoint.find_folder(args.model)
-    tokenizer = None
+    tokenizer, quietly = None, terminal.quietly
     if not args.raw_ids:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = quietly(load_tokenizer, folder)
     if args.chat:
-        chat = load_chat_template(folder, tokenizer)
-    decode = decoder(tokenizer)
+        chat = partial(quietly, quietly(load_chat_template, folder, tokenizer))
+        args.ends = chat_ends(folder, tokenizer)
+    decode = partial(quietly, decoder(tokenizer))
     model = open_model(args, folder)
     if args.raw_ids:
         stream(model, args.ids, [decode(ids).strip() for ids in args.ids], decode, args)
         return
     if not args.chat:
         texts, V = args.prompts or [terminal.PROMPT], model.config.vocab_size
-        stream(model, [encode(tokenizer, text, V) for text in texts], texts, decode, args)
+        prompts = [quietly(encode, tokenizer, text, V) for text in texts]
+        terminal.refuse_empty(prompts)
+        stream(model, prompts, texts, decode, args)
         return
-    messages = []
-    if args.system is not None:
-        messages.append(("system", args.system))
     if not args.prompts:
-        converse(model, chat, messages, decode, args)
+        converse(model, chat, args.messages, decode, args)
         return
-    messages.append(("user", args.prompts[0]))
-    stream(model, [chat(messages)], [""], decode, args)
+    stream(model, [chat([*args.messages, ("user", args.prompts[0])])], [""], decode, args)
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -44,6 +44,8 @@ BUFFER = r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"  # older v
 # What an index may name and no shard has: a buffer, or one of a tied pair.
 ABSENT = re.compile(rf"{BUFFER}|lm_head\.weight|(model\.)?embed_tokens\.weight")
 MAX_JSON = 10 * 2**20
+MAX_HEADERS = 4 * 2**20  # bytes, of all shards: those of released models take 50 kB
+MAX_LAYERS = 1000  # each costs time to build; released models have up to 32
 READERS = 2  # threads
 
 
@@ -99,15 +101,31 @@ def naming(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{shown(path)}: {error}") from None
 
 
+def is_there(path: Path) -> bool:
+    """Also as a link that leads nowhere: opening it says so, and it does not count as absent."""
+    return os.path.lexists(path)
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a regular file; a FIFO would wait for ever."""
+    if not path.exists() and path.is_symlink():
+        raise ValueError("no such file: a link that leads nowhere")
     require(path.is_file(), "not a regular file" if path.exists() else "no such file")
     return path.open("rb")
 
 
-def read_json(path: Path) -> dict:
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """A file's bytes, and no more than it says that it has: the kernel's own, /proc/kmsg say, have
+    none, and reading on would wait for ever. Raises ValueError for more than max_bytes."""
     with naming(path), open_file(path) as file:
-        return parse_json(file.read(MAX_JSON + 1), MAX_JSON)
+        size = os.fstat(file.fileno()).st_size
+        require(size <= max_bytes, f"larger than {max_bytes} bytes")
+        return file.read(size)
+
+
+def read_json(path: Path) -> dict:
+    with naming(path):
+        return parse_json(read_file(path, MAX_JSON), MAX_JSON)
 
 
 def read_config(folder: Path) -> GraniteMoeConfig:
@@ -115,9 +133,11 @@ def read_config(folder: Path) -> GraniteMoeConfig:
     file, adapter = folder / "config.json", folder / "adapter_config.json"
     with naming(adapter):
         advice = "merge it: model.merge_and_unload().save_pretrained(FOLDER)"
-        require(not adapter.exists(), f"an adapter, no model; {advice}")
-    data = read_json(file)
+        require(not is_there(adapter), f"an adapter, no model; {advice}")
     with naming(file):
+        beside = beside_it(folder)
+        require(is_there(file) or not beside, f"no such file{beside}")
+        data = read_json(file)
         check_fields(data)
         config = GraniteMoeConfig.from_dict(data)
         head_dim = data.get("head_dim", config.head_dim)
@@ -179,7 +199,7 @@ def check_token_ids(config: GraniteMoeConfig) -> None:
 def with_end_tokens(folder: Path, config: GraniteMoeConfig) -> GraniteMoeConfig:
     """generation_config.json may name other end tokens. An id that the model lacks ends nothing."""
     file = folder / "generation_config.json"
-    if not file.exists():
+    if not is_there(file):
         return config
     ends = read_json(file).get("eos_token_id")
     if ends is None or ends == []:
@@ -193,21 +213,78 @@ def with_end_tokens(folder: Path, config: GraniteMoeConfig) -> GraniteMoeConfig:
 
 
 def find_folder(path: str | Path) -> Path:
-    """A folder as it is; a hub id, `owner/name` where no local folder `owner` is, is downloaded."""
+    """A folder as it is; a hub id, `owner/name` or `owner/name@revision` where no local folder
+    `owner` is, is downloaded."""
     folder, name = Path(path), str(path)
     with naming(path):
-        is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not folder.parent.exists()
-        if not is_id:
+        found = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w.][\w./-]*))?", name)
+        if not found or folder.parent.exists():
+            refuse_file(folder)
             require(name and folder.is_dir(), "no such folder, and not a hub id (owner/name)")
             return folder
-    from huggingface_hub import snapshot_download
+    return download(name, found[1], found[2])
+
+
+def beside_it(folder: Path) -> str:
+    """For a message of what is missing: what is there instead."""
+    others = [path.name for path in sorted(folder.glob("*.gguf"))]
+    return f"; {others[0]!a:.40} is a GGUF, for llama.cpp" if others else ""
+
+
+def refuse_file(path: Path) -> None:
+    """Raises ValueError for a path to a file, which says what it is and what is wanted."""
+    if not path.is_file():
+        return
+    kind = "a file"
+    if path.suffix == ".gguf":
+        kind = "a GGUF file, which only llama.cpp and its like read"
+    elif path.suffix in (".bin", ".pt", ".pth"):
+        kind = "a pickle, which is not supported, since it can run code"
+    raise ValueError(f"is {kind}; name its folder, with config.json and *.safetensors")
+
+
+NOT_FOUND = "not found on the hub: is it spelled right? If it is private, log in (hf auth login)"
+
+
+def download(path: str, repo_id: str, revision: str | None) -> Path:
+    """The folder of the hub's cache, after what is missing there was fetched."""
+    from huggingface_hub import errors, snapshot_download
 
     patterns = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
+    reasons = {  # the first class that fits; the client's own message has many lines
+        errors.GatedRepoError: "gated: ask for access on its page, and log in (hf auth login)",
+        errors.RepositoryNotFoundError: NOT_FOUND,
+        errors.RevisionNotFoundError: f"no branch, tag or commit {revision!a:.60}",
+    }
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises dozens of classes
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{shown(name)}: cannot be downloaded: {reason!a:.100}") from None
+        known = [reason for kind, reason in reasons.items() if isinstance(error, kind)]
+        reason = known[0] if known else other_reason(error)
+        raise CheckpointError(f"{shown(path)}: cannot be downloaded: {reason}") from None
+
+
+def other_reason(error: Exception) -> str:
+    """Of a download that failed otherwise: offline, no way to the hub, or what the hub says."""
+    from huggingface_hub import constants, errors
+
+    cause = error.__cause__ or error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if constants.HF_HUB_OFFLINE or isinstance(cause, errors.OfflineModeIsEnabled):
+        return "it is not in the cache, and downloads are off (HF_HUB_OFFLINE)"
+    if status == 401:
+        return "the hub wants a login: hf auth login"
+    if status == 403:
+        return "access is forbidden: ask for it on its page, and log in (hf auth login)"
+    if status == 404:
+        return NOT_FOUND
+    if status is not None:
+        return f"the hub answers with status {status}; try again later"
+    lines = [line for line in str(cause).splitlines() if line.strip()] or [""]
+    text = f"{type(cause).__name__}: {lines[0].strip()}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"it is not in the cache, and the hub cannot be reached: {text!a:.80}"
+    return f"{text!a:.100}"
 
 
 class Stored(NamedTuple):
@@ -228,23 +305,30 @@ def state_of(file: BinaryIO) -> tuple:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """Each tensor of a safetensors file; reads none of them."""
+def read_header(
+    path: Path, wanted: Collection[str] | None = None, most: int = MAX_HEADERS
+) -> tuple[dict[str, Stored], int]:
+    """Each tensor of a safetensors file, or those wanted, and the header's size, of `most` bytes at
+    the most; reads no tensor."""
     with naming(path), open_file(path) as file:
         state = state_of(file)
-        start, rest = file.read(8), path.stat().st_size - 8
+        rest = os.fstat(file.fileno()).st_size - 8
+        start = file.read(8) if rest > 0 else b""
         require(start != b"version ", "a Git LFS pointer, not the weights; run: git lfs pull")
         size = int.from_bytes(start, "little")
-        require(size <= min(rest, MAX_JSON) and rest > 0, "not a safetensors file, or cut off")
-        header = parse_json(file.read(size), MAX_JSON)
+        require(size <= rest and rest > 0, "not a safetensors file, or cut off")
+        require(size <= most, f"headers of over {MAX_HEADERS} bytes")
+        header = parse_json(file.read(size), MAX_HEADERS)
         header.pop("__metadata__", None)
-        for name, entry in header.items():
+        found = {}
+        for name in header if wanted is None else wanted & header.keys():
+            entry = header[name]
             good = isinstance(entry, dict) and isinstance(entry.get("shape"), list)
             require(good, f"{name!a:.80}: not a tensor's entry")
             dtype, offsets = map(entry.get, ("dtype", "data_offsets"))
             place = (8 + size, offsets, state)
-            header[name] = Stored(path, name, str(dtype), tuple(entry["shape"]), *place)
-        return header
+            found[name] = Stored(path, name, str(dtype), tuple(entry["shape"]), *place)
+        return found, size
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
@@ -252,13 +336,16 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     the shard that the index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     with naming(folder):
-        if single.exists() or not index.exists():
+        if is_there(single) or not is_there(index):
             pickles = [*folder.glob("*.bin*"), *folder.glob("*.pt"), *folder.glob("*.pth")]
             advice = "pickle is not supported, since it can run code; convert to safetensors"
-            require(single.exists() or not pickles, advice)
-            require(single.exists(), f"neither {single.name} nor {index.name} is there")
+            require(is_there(single) or not pickles, advice)
+            if not is_there(single):
+                beside = beside_it(folder)
+                raise ValueError(f"neither {single.name} nor {index.name} is there{beside}")
             with naming(single):
-                refuse_wrapped(stored := read_header(single))
+                stored, _ = read_header(single)
+                refuse_wrapped(stored)
             return by_released_name(stored)
     weight_map = read_json(index).get("weight_map")
     with naming(index):
@@ -271,12 +358,25 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
         spare = {shard for name, shard in weight_map.items() if ABSENT.fullmatch(name)}
         spare -= {shard for name, shard in weight_map.items() if not ABSENT.fullmatch(name)}
         shards = {s for s in weight_map.values() if s not in spare or (folder / s).exists()}
-        headers = {shard: read_header(folder / shard) for shard in sorted(shards)}
+        named: dict[str, set[str]] = {shard: set() for shard in sorted(shards)}
+        for name, shard in weight_map.items():
+            named.get(shard, set()).add(name)
+        headers = read_headers(folder, named)
         found = {name: headers.get(shard, {}).get(name) for name, shard in weight_map.items()}
         for name, tensor in found.items():
             good = tensor or ABSENT.fullmatch(name)
             require(good, f"{name!a:.60}: is not in {weight_map[name]!a:.60}")
     return by_released_name({name: tensor for name, tensor in found.items() if tensor})
+
+
+def read_headers(folder: Path, shards: dict[str, set[str]]) -> dict[str, dict[str, Stored]]:
+    """Of each shard, what the index says is in it. All headers together are bounded: a hundred
+    links to one large file are a hundred files."""
+    left, headers = MAX_HEADERS, {}
+    for shard, names in shards.items():
+        headers[shard], size = read_header(folder / shard, names, left)
+        left -= size
+    return headers
 
 
 def refuse_wrapped(names: Iterable[str]) -> None:
@@ -339,6 +439,7 @@ def check(folder: Path, config: GraniteMoeConfig) -> dict[str, Stored]:
     with naming(folder / "config.json"):  # before anything is made by that number
         good = layers == config.num_hidden_layers
         require(good, f"num_hidden_layers: {config.num_hidden_layers}, but {layers} are stored")
+        require(layers <= MAX_LAYERS, f"num_hidden_layers: over {MAX_LAYERS}, got {layers}")
     tied = config.tie_word_embeddings
     if tied and HEAD in stored and EMBEDDING not in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
@@ -347,7 +448,8 @@ def check(folder: Path, config: GraniteMoeConfig) -> dict[str, Stored]:
         missing = [name for name in needed if name not in stored]
         require(not missing, f"{len(missing)} missing tensors: {some(missing)}")
         beside = {HEAD} if tied else set()
-        unexpected = [at.name for name, at in stored.items() if name not in needed.keys() | beside]
+        expected = needed.keys() | beside
+        unexpected = [at.name for name, at in stored.items() if name not in expected]
         require(not unexpected, f"{len(unexpected)} unexpected tensors: {some(unexpected)}")
     for name, at in stored.items():
         shape = needed.get(name, needed[EMBEDDING])
@@ -416,6 +518,7 @@ def read_tensor(name: str, at: Stored) -> Tensor:
             got = file.readinto(rest)
             require(got, f"{name}: changed while loading")
             rest = rest[got:]
+        require(state_of(file) == at.state, f"{name}: changed while loading")
     return tensor
 
 
@@ -434,7 +537,7 @@ def fresh(shape: tuple, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor, in huge pages where it fills some: those are ready much sooner."""
     size = math.prod(shape) * dtype.itemsize
     if size < 2**21 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system without
         memory.madvise(mmap.MADV_HUGEPAGE)

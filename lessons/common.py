@@ -70,10 +70,12 @@ class Parser(argparse.ArgumentParser):
 
 def command(main: Callable[[], None]) -> None:
     """Run a lesson's main; what the user can put right ends in one line, not in a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream has no such
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         sys.stdout = None  # the reader has gone, and Python's own flush at exit would complain
         sys.exit(141)

@@ -57,7 +57,9 @@ def balance(counts: Tensor) -> tuple[Tensor, Tensor]:
 def record(model: GraniteMoeForCausalLM, ids: list[int]) -> Routing:
     """Forwards over ids (N of them), in windows of the context, with a hook on each router."""
     E, made = model.config.num_local_experts, []
-    for window in torch.tensor([ids]).split(model.config.max_position_embeddings, dim=1):
+    for window in torch.tensor([ids], device="cpu").split(
+        model.config.max_position_embeddings, dim=1
+    ):
         with watch(layer.block_sparse_moe.router for layer in model.model.layers) as calls:
             model(window, logits_to_keep=1)
         made.append([torch.stack([output[i] for _, output in calls]) for i in (1, 2)])

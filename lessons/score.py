@@ -38,7 +38,7 @@ def log_probs(model: GraniteMoeForCausalLM, ids: list[int], context: int, stride
     limit = model.config.max_position_embeddings
     if not 1 <= stride <= context <= limit:
         raise ValueError(f"1 <= stride {stride} <= context {context} <= {limit} does not hold")
-    row = torch.tensor(ids)
+    row = torch.tensor(ids, device=model.model.norm.weight.device)
     scores = []
     for start in range(1, len(ids), stride):
         end = min(start + stride, len(ids))
@@ -57,7 +57,8 @@ def default_window(config: GraniteMoeConfig) -> tuple[int, int]:
 def read_ids(file: Path, tokenizer: "Tokenizer", config: GraniteMoeConfig) -> list[int]:
     """The bos token, then the ids of a UTF-8 text. Raises ValueError."""
     text, bos = file.read_bytes().decode(), config.bos_token_id
-    ids = encode(tokenizer, text, config.vocab_size)
+    # without a bos token of the tokenizer's own: it would be there twice, and score as text
+    ids = encode(tokenizer, text, config.vocab_size, add_special_tokens=False)
     if not ids or bos is None:
         what = f"{file}: no token to score" if not ids else "the model has no bos_token_id"
         raise ValueError(what)

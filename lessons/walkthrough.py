@@ -45,7 +45,7 @@ def follow(model: GraniteMoeForCausalLM, ids: list[int]) -> tuple[list[dict[str,
         watch(layers) as streams, watch(layer.self_attn for layer in layers) as attentions,
         watch(moes) as experts, watch(moe.router for moe in moes) as routers,
     ):  # fmt: skip
-        logits = model(torch.tensor([ids])).logits[0, -1]
+        logits = model(torch.tensor([ids], device="cpu")).logits[0, -1]
     steps = []
     for i, moe in enumerate(moes):
         (x_ND,), (router_logits_NE, weights_NK, expert_ids_NK) = routers[i]

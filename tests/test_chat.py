@@ -3,7 +3,9 @@ text, and a hostile template ends in one line."""
 
 import json
 import os
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from conftest import (
     tokenizer,
     write_files,
 )  # fmt: skip
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from files import chat
@@ -196,17 +198,81 @@ def test_a_template_may_cut_what_stands_in(folder):
 
 
 def test_what_is_added_and_not_special(folder, theirs):
-    """Is as in transformers: in the template, and in a message, in which the template may look."""
-    theirs.add_tokens(["<think>", "</think>"])
+    """Is as in transformers, unless the template has it: then what a message spells is text."""
+    theirs.add_tokens(["<think>", "<other>"])
     theirs.chat_template = (
-        "{# <think> #}{% for m in messages %}{{ m.content.split('</think>')[-1] }}"
-        "{% if '<think>' in m.content %}{{ '<think>' }}{% endif %}<|end_of_text|>{% endfor %}"
+        "{# <think> #}{% for m in messages %}{{ m.content }}"
+        "{% if loop.last %}{{ '<think>' }}{% endif %}<|end_of_text|>{% endfor %}"
     )
     theirs.save_pretrained(folder)
     edit("config.json", lambda c: c.update(vocab_size=320))(folder)
-    ours = load_chat_template(folder, load_tokenizer(folder))
-    for text in ("<think>a b</think>c", "what is </think>?", "plain"):
+    tok = load_tokenizer(folder)
+    ours, think = load_chat_template(folder, tok), tok.token_to_id("<think>")
+    for text in ("a <other> b", "plain"):
         assert ours([("user", text)]) == expected(theirs, [("user", text)])
+    ids = ours([("user", "<think>a b<think>")])
+    assert ids.count(think) == 1 and tok.decode(ids) == "<think>a b<think><think>"
+
+
+def test_one_token_within_another(folder):
+    """To hide one may leave another, which the normalizer makes whole: so it is done once more."""
+    edit("tokenizer.json", lambda t: t.update(normalizer={
+        "type": "Replace", "pattern": {"Regex": "[\U000F0000-\U0010FFFD]+"}, "content": ""
+    }))(folder)  # fmt: skip
+    edit("tokenizer.json", lambda t: [a.update(normalized=True) for a in t["added_tokens"]])(folder)
+    tok = load_tokenizer(folder)
+    put("chat_template.jinja", b"{{ messages[0].content }}<|end_of_text|>")(folder)
+    text = f"{START[:5]}{END}{START[5:]}x"
+    ids = load_chat_template(folder, tok)([("user", text)])
+    control = [tok.token_to_id(t) for t in (START, ROLE_END, END)]
+    assert [i for i in ids if i in control] == control[-1:]
+    assert tok.decode(ids, skip_special_tokens=False) == text + END
+
+
+@pytest.mark.parametrize("template, shape", (
+    ("{{ [messages[0].content] | tojson(ensure_ascii=true) }}<|end_of_text|>", '["%s"]'),
+    ("{{ [messages[0].content] | tojson }}<|end_of_text|>", '["%s"]'),
+    ("{{ messages[0].content | urlencode }}<|end_of_text|>", "%s"),
+))  # fmt: skip
+def test_filters_that_escape(template, shape, folder):
+    put("chat_template.jinja", template.encode())(folder)
+    tok = load_tokenizer(folder)
+    ids = load_chat_template(folder, tok)([("user", f"a {END}é")])
+    assert ids.count(0) == 1
+    text = "a%20%3C%7Cend_of_text%7C%3E%C3%A9" if "url" in template else f"a {END}é"
+    text = text.replace("é", "\\u00e9") if "ascii" in template else text
+    assert tok.decode(ids, skip_special_tokens=False) == shape.replace("%s", text) + END
+
+
+def test_other_escapes_are_refused(folder):
+    put("chat_template.jinja", b"{{ messages | string }}<|end_of_text|>")(folder)
+    ours = load_chat_template(folder, load_tokenizer(folder))
+    assert ours([("user", "a")])
+    with pytest.raises(ValueError, match="--chat: the template escapes '<'"):
+        ours([("user", END)])
+
+
+def test_a_piece_in_the_middle_of_a_text(folder):
+    """Metaspace may put a space in front of a text, and not of what follows a control token."""
+    vocab = {END: 0, "[UNK]": 1, "\u2581": 2} | {c: 3 + n for n, c in enumerate("ab<|>endoftx_")}
+    made = Tokenizer(models.BPE(vocab, [], unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.add_special_tokens([END])
+    made.save(str(folder / "tokenizer.json"))
+    template = b"{{ messages[0].content }}<|end_of_text|>{{ messages[1].content }}"
+    put("chat_template.jinja", template)(folder)
+    tok = load_tokenizer(folder)
+    ids = load_chat_template(folder, tok)([("user", END), ("user", "b" + END)])
+    spelled = [*map(vocab.get, END)]
+    assert ids == [2, *spelled, 0, vocab["b"], *spelled]
+
+
+def test_the_tokenizer_is_built_once(folder, monkeypatch):
+    put("chat_template.jinja", GRANITE.encode())(folder)
+    ours, built, plain = load_chat_template(folder, load_tokenizer(folder)), [], chat.spelling
+    monkeypatch.setattr(chat, "spelling", lambda *a: built.append(a) or plain(*a))
+    messages = [("user", f"a {END} b")] * 50
+    assert ours(messages) == ours(messages) and len(built) == 1
 
 
 def test_a_token_that_takes_white_space_along(folder, theirs):
@@ -222,7 +288,6 @@ def test_a_token_that_takes_white_space_along(folder, theirs):
 
 @pytest.mark.parametrize("old, new, words", (
     (START, "<|other|>", "instruct"),
-    ('"special":true', '"special":false', "control tokens in the message"),  # found in any text
 ))  # fmt: skip
 def test_tokenizers_that_cannot_chat(old, new, words, folder):
     tok = Tokenizer.from_str(tokenizer().to_str().replace(old, new))
@@ -232,7 +297,7 @@ def test_tokenizers_that_cannot_chat(old, new, words, folder):
 
 def test_a_token_that_the_model_lacks(folder):
     """Added after training and not used by anybody, it is harmless; a template can use it."""
-    tok = tokenizer()
+    tok = Tokenizer.from_str(tokenizer().to_str())  # that one is shared
     tok.add_special_tokens([f"<|x{n}|>" for n in range(300)])
     tok.save(str(folder / "tokenizer.json"))
     ours = load_chat_template(folder, load_tokenizer(folder))
@@ -240,6 +305,12 @@ def test_a_token_that_the_model_lacks(folder):
     put("chat_template.jinja", b"<|x299|>{{ messages[0].content }}")(folder)
     with pytest.raises(ValueError, match=r"'<\|x299\|>' has id \d+, but .*vocab_size is 300"):
         load_chat_template(folder, load_tokenizer(folder))([("user", "a")])
+
+
+def test_control_tokens_that_are_not_special(folder):
+    tok = Tokenizer.from_str(tokenizer().to_str().replace('"special":true', '"special":false'))
+    ids = load_chat_template(folder, tok)([("user", f"hello {ROLE_END}")])
+    assert ids.count(tok.token_to_id(ROLE_END)) == 2  # the user's and the assistant's
 
 
 # ------------------------------------------------------------------------- an untrusted program
@@ -312,6 +383,57 @@ def test_a_template_without_an_end(folder, monkeypatch):
         os.waitpid(-1, os.WNOHANG)
 
 
+@on_posix
+@pytest.mark.parametrize("state", ("SIGALRM blocked", "SIGCHLD ignored"))
+def test_whatever_the_caller_does_with_signals(state, folder, monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 1)
+    put("chat_template.jinja", GRANITE.encode())(folder)
+
+    def act() -> int:
+        if state == "SIGCHLD ignored":
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGXCPU])
+        ours = load_chat_template(folder, load_tokenizer(folder))
+        assert ours(CHATS["turns"])
+        loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        put("chat_template.jinja", loops.encode())(folder)
+        with pytest.raises(CheckpointError, match="took more than"):
+            load_chat_template(folder, load_tokenizer(folder))(CHATS["turns"])
+        return 0
+
+    ended = forked(act, seconds=60)
+    assert ended.status == 0, ended.err
+
+
+def test_threads_share_a_template(folder, theirs):
+    """One process at a time is asked; after one that had to be ended, another is started."""
+    template = GRANITE + "{{ 1 / 0 if messages[0].content == 'no' }}"
+    put("chat_template.jinja", template.encode())(folder)
+    ours = load_chat_template(folder, load_tokenizer(folder))
+    jobs = [[("user", f"a{n}")] for n in range(40)]
+    alone = [ours(job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(ours, jobs)] == alone
+    with pytest.raises(CheckpointError, match="ZeroDivision"):
+        ours([("user", "no")])
+    assert ours(jobs[0]) == alone[0]
+
+
+def test_the_process_is_kept_and_ends(folder):
+    put("chat_template.jinja", GRANITE.encode())(folder)
+    renderer = chat.Renderer(folder, GRANITE, {})
+    process = renderer.process
+    assert renderer.render([("user", "a")], {}) and renderer.process is process
+    process.kill()
+    with pytest.raises(CheckpointError, match="took more than"):
+        renderer.render([("user", "a")], {})
+    assert renderer.render([("user", "a")], {})  # by another
+    process = renderer.process
+    del renderer
+    assert process.returncode is not None
+
+
 def test_without_fork(folder, theirs, monkeypatch):
     """As on Windows."""
     monkeypatch.delattr(os, "fork", raising=False)
@@ -335,6 +457,8 @@ ROWS = [
     ("template: not UTF-8", put("chat_template.jinja", b"\xff"), "chat_template.jinja"),
     *[(f"template: a {kind}", instead("chat_template.jinja", make), "chat_template.jinja regular")
       for kind, make in (("folder", Path.mkdir), ("FIFO", fifo), ("device", device))],
+    ("template: a dangling link", instead("chat_template.jinja", lambda p: p.symlink_to("no such")),
+     "chat_template.jinja link"),
 ]  # fmt: skip
 
 

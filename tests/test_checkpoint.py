@@ -75,12 +75,15 @@ from conftest import (
 from safetensors.torch import load, save_file
 from test_tokenizer import ROWS as TOKENIZERS
 
+from files import checkpoint as checkpoint_file
 from files.checkpoint import READERS
 from generate import CheckpointError, load_model, load_tokenizer
 
 # --------------------------------------------------------------------------------- the bad folders
 
 MANY = b"{" + b",".join(b'"x%d":{"dtype":"F32","shape":[0]}' % i for i in range(100_000)) + b"}"
+DEEP = (b'"model.layers.%d.x":{"dtype":"F32","shape":[0]}' % i for i in range(5000))
+DEEP = b"{" + b",".join(DEEP) + b"}"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 TEXT = json.dumps(CONFIG)
 WRONG = {
@@ -100,6 +103,16 @@ BAD_NAMES = {
 }  # fmt: skip
 BAD_DTYPES = ("I8", "I64", "U8", "U64", "BOOL", "F64", "C64", "F8_E4M3", "F4", "bogus", 5, None)
 
+
+def forty_links(folder: Path) -> None:
+    """Of 3.6 MB each, which together are more than anybody's."""
+    (folder / "0.safetensors").write_bytes(pack(MANY, b"x"))
+    for n in range(1, 40):
+        (folder / f"{n}.safetensors").symlink_to("0.safetensors")
+    index = {"weight_map": {f"x{n}": f"{n}.safetensors" for n in range(40)}}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 # Each row: its name, what is done to a good folder, and words that the error must hold.
 FOLDERS = [
     ("no config.json", remove("config.json"), "config.json no such"),
@@ -109,6 +122,10 @@ FOLDERS = [
       for kind, make in (("folder", Path.mkdir), ("FIFO", fifo), ("device", device))],
     *[(f"only {name}", both(remove(WEIGHTS), put(name, PICKLE)), "pickle convert safetensors")
       for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")],
+    *[(f"{name} is a link that leads nowhere", instead(name, lambda p: p.symlink_to("no such")),
+       f"{name} link") for name in ("config.json", WEIGHTS, "generation_config.json")],
+    ("only a GGUF", both(remove(WEIGHTS), put("x.gguf", b"GGUF")), "x.gguf GGUF"),
+    ("a GGUF without config.json", both(remove(WEIGHTS, "config.json"), put("x.gguf")), "GGUF"),
     ("an adapter", both(remove("config.json", WEIGHTS), put("adapter_config.json", b"{}")),
      "adapter_config.json adapter merge"),
     ("an adapter beside a model", put("adapter_config.json"), "adapter_config.json adapter merge"),
@@ -201,6 +218,8 @@ FILES = [
        "1 unexpected") for kind, name in BAD_NAMES.items()],
     ("weights: a third layer", header(lambda h: h.update({"model.layers.2.x": {**h[NORM]}})),
      "num_hidden_layers 3"),
+    ("weights: 5,000 layers", both(config(num_hidden_layers=5000), put(WEIGHTS, pack(DEEP, b"x"))),
+     "config.json num_hidden_layers 1000"),
     ("weights: 100,000 names", put(WEIGHTS, pack(MANY, b"x")), "config.json num_hidden_layers 0"),
     *[(f"weights: {name} {shape}", header(lambda h, n=name, s=shape: h[n].update(shape=s)),
        f"{name} shape") for name, shape in (
@@ -261,6 +280,7 @@ INDEXES = [
     ("index: tensor in the other shard", shards(lambda i: i["weight_map"].update(
         {n: SHARDS[i["weight_map"][n] == SHARDS[0]] for n in (Q,)})), f"{Q} not {SHARDS[0][:10]}"),
     ("index: tensor not named", shards(lambda i: i["weight_map"].pop(Q)), f"1 missing {Q[:40]}"),
+    ("index: forty links to one header", both(shards(), forty_links), "headers"),
     ("index: 100,000 names", shards(lambda i: i["weight_map"].update(
         {f"x{n}": SHARDS[0] for n in range(100_000)})), f"{INDEX} not"),
     ("index: 100,000 shards", shards(lambda i: i["weight_map"].update(
@@ -312,19 +332,47 @@ def test_unreadable_file(name, folder, monkeypatch):
 
 @pytest.mark.parametrize("loader", (load_model, load_tokenizer))
 @pytest.mark.parametrize("path", (
-    "", "no-such-folder", "./no/such", "../no-such", "here/no-such", "file", "a/b/c", "/no/such",
+    "", "no-such-folder", "./no/such", "../no-such", "here/no-such", "a/b/c", "/no/such",
     "~/x", "https://example.com/x", "a/b\n", "\x1b[2J", "a\0b", "x" * 5000,
 ))  # fmt: skip
 def test_paths_never_become_hub_ids(loader, path, tmp_path, monkeypatch):
     """A typo must not go to the network, and neither must what only looks like an id."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    (tmp_path / "file").touch()
     with audited(tmp_path) as harm, pytest.raises(CheckpointError) as caught:
         loader(path)
     assert harm == [] and str(caught.value).isprintable()
     unusual = len(path) > 99 or "\0" in path  # the system's own words
     assert unusual or "no such folder, and not a hub id" in str(caught.value)
+
+
+@pytest.mark.parametrize("name, words", (
+    (WEIGHTS, "is a file; name its folder"), ("x.gguf", "a GGUF file"), ("x.bin", "a pickle"),
+))  # fmt: skip
+def test_a_path_to_a_file(name, words, folder):
+    (folder / name).touch()
+    with pytest.raises(CheckpointError, match=words):
+        load_model(folder / name)
+
+
+@on_linux
+@pytest.mark.parametrize("name", (WEIGHTS, "config.json"))
+def test_what_only_the_kernel_has(name, folder):
+    """Its log has no end: reading it would wait for the next line."""
+    if not os.access("/proc/kmsg", os.R_OK):
+        pytest.skip("only root may read it")
+    (folder / name).unlink()
+    (folder / name).symlink_to("/proc/kmsg")
+    assert forked(command("--model", str(folder), "--raw-ids", "5"), seconds=20).status == 1
+
+
+def test_written_to_while_its_last_part_is_read(folder, monkeypatch):
+    """What was read before the state is looked at again may be old or new."""
+    stored = checkpoint_file.check(folder, checkpoint_file.read_config(folder))
+    states = iter([stored[NORM].state, (0, 0, 0, 0)])
+    monkeypatch.setattr(checkpoint_file, "state_of", lambda file: next(states))
+    with pytest.raises(CheckpointError, match=f"{NORM}: changed while loading"):
+        checkpoint_file.read_tensor(NORM, stored[NORM])
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])

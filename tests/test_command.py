@@ -256,7 +256,7 @@ def test_pipe(speaker):
     for given in (PROMPT.encode(), b"\xef\xbb\xbf" + PROMPT.encode()):
         assert run("--model", speaker, given=given) == (0, PROMPT + SAID + "\n", "")
         assert run("--model", speaker, "-", given=given) == (0, PROMPT + SAID + "\n", "")
-    for given in (b"", b" \n", b"\xef\xbb\xbf"):
+    for given in (b"", b"\xef\xbb\xbf"):
         status, out, err = run("--model", speaker, "--max-new-tokens", "0", given=given)
         assert (status, out, err) == (0, terminal.PROMPT + "\n", "")
     ids = run("--model", speaker, "--max-new-tokens", "0", "--raw-ids", given=b"5, 6\n7")
@@ -464,6 +464,127 @@ def test_input_that_is_not_there(speaker):
     assert run("--model", speaker, "--max-new-tokens", "0", given=None)[0] == 0
 
 
+@on_linux
+def test_full_errors(speaker):
+    """What is said there must not cost the text, nor change the exit status."""
+    with open("/dev/full", "w") as full:
+        assert started("--model", speaker, PROMPT, stderr=full)[:2] == (0, PROMPT + SAID + "\n")
+
+
+@on_posix
+@pytest.mark.parametrize("flag", ("-I", "-P"))
+def test_python_that_leaves_out_the_scripts_folder(flag, speaker, tmp_path):
+    done = started("--model", speaker, PROMPT, flags=(flag,), cwd=tmp_path)
+    assert done == (0, PROMPT + SAID + "\n", "")
+
+
+@pytest.mark.parametrize("module", ("generate", "score"))
+def test_streams_that_are_no_files(module, speaker, tmp_path):
+    """As in a notebook: texts, without bytes or a descriptor; Ctrl-C is the notebook's still."""
+    (tmp_path / "text").write_text("the theory")
+    args = {"generate": ["--max-new-tokens", "2"], "score": [str(tmp_path / "text")]}
+    line = [f"{module}.py", "--model", str(speaker), *args.get(module, [])]
+    path = ROOT / ("lessons" if module != "generate" else "") / line[0]
+    code = f"""
+import io, runpy, signal, sys
+sys.path.insert(0, {str(path.parent)!r})
+sys.argv, real = {line!r}, sys.stdout
+sys.stdin, sys.stdout, sys.stderr = io.StringIO("the theory"), io.StringIO(), io.StringIO()
+status = 0
+try:
+    runpy.run_path({str(path)!r}, run_name="__main__")
+except SystemExit as end:
+    status = end.code
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+real.write(f"{{status or 0}} {{len(sys.stdout.getvalue()) > 5}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "0 True", done.stderr
+
+
+@pytest.mark.parametrize("prompt", (" ", "\n\n", "\t"))
+def test_white_space_is_a_prompt(prompt, speaker):
+    for given, args in ((b"", (prompt,)), (prompt.encode(), ("-",)), (prompt.encode(), ())):
+        done = run("--model", speaker, "--max-new-tokens", "0", *args, given=given)
+        assert done == (0, prompt + "\n", "")
+
+
+def test_only_what_has_no_tokens_is_empty(folder):
+    data = json.loads((folder / "tokenizer.json").read_bytes())
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (folder / "tokenizer.json").write_text(json.dumps(data | {"normalizer": strip}))
+    for given, args in ((b"", (" ",)), (b" ", ("-",)), (b" ", ())):
+        with pytest.MonkeyPatch.context():
+            status, out, err = run("--model", folder, *args, given=given)
+        assert (status, out) == (2, "")
+        assert_error(err, "PROMPT", "empty")
+
+
+ECHO = "{% for m in messages %}{{ m.content }}{% endfor %}"  # a template
+
+
+def replies(folder: Path, *args: str, given: bytes = b"") -> tuple[str, str]:
+    (folder / "chat_template.jinja").write_text(ECHO)
+    with start("--model", folder, "--chat", *args) as process:
+        out, err = process.communicate(given, timeout=120)
+    return out.decode(), err.decode()
+
+
+@on_posix
+def test_a_reply_that_is_cut_says_so(folder):
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": None}))
+    assert "cut at 3 tokens; for more: --max-new-tokens 6]" in replies(
+        folder, "--max-new-tokens", "3", "ab"
+    )[1]
+    out, err = replies(folder, given=b"ab\n")  # in a conversation, what is left of it
+    assert "62 new" in err and "full" in err and "cut at" not in err
+
+
+@on_posix
+def test_the_tokenizers_own_end_ends_a_reply(tmp_path):
+    """Which tokenizer_config.json names, and config.json does not."""
+    folder = write_files(tmp_path / "m", scripted(script_ids(), eos_token_id=None))
+    whole = replies(folder, "--max-new-tokens", "6", PROMPT)[0]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "g"}))
+    cut, err = replies(folder, "--max-new-tokens", "6", PROMPT)
+    assert whole.startswith(cut.rstrip("\n")) and len(cut) < len(whole) and "cut" not in err
+
+
+@on_posix
+def test_ctrl_c_ends_a_reply_and_not_the_conversation(tmp_path):
+    """What was said is kept; at the prompt it ends the command."""
+    pty = pytest.importorskip("pty", reason="needs a terminal of this kind", exc_type=ImportError)
+    config = {**CONFIG, "max_position_embeddings": 16000, "eos_token_id": None}
+    files = {**checkpoint(), "config.json": json.dumps(config).encode()}
+    folder = write_files(tmp_path / "m", files)
+    (folder / "chat_template.jinja").write_text(ECHO)
+    master, slave = pty.openpty()
+    with start("--model", folder, "--chat", stdin=slave, stderr=slave) as process:
+        os.write(master, b"ab\n")
+        assert process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        text = b""
+        while not text.rstrip().endswith(b">") or text.count(b">") < 2:
+            assert select.select([master], [], [], 60)[0]
+            text += os.read(master, 4096)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    os.close(master)
+    os.close(slave)
+    assert process.returncode == 130
+
+
+def test_a_loop_of_ones_own_prints_whole_characters(speaker, capsys):
+    """As the README has it."""
+    model, tok = generate.load_model(speaker), load_tokenizer(speaker)
+    ids = tok.encode(PROMPT).ids
+    text, shown = generate.TextStream(tok.decode, prompt=ids), []
+    for (token,) in generate.generate(model, [ids], 20, eos_token_ids=()):
+        shown.append(text.push(token))
+    assert "😀" in shown and "ü" in shown and "".join(shown).startswith(SAID.split("\ufffd")[0])
+
+
 # ------------------------------------------------------------------------------------------ faults
 
 
@@ -564,11 +685,11 @@ USAGE = {  # what is wrong: the arguments, words of the error
     "compile a loop": (["--compile", "--experts", "loop"], "--compile --experts batched"),
     "compile eager": (["--compile", "--attention", "eager"], "--compile --attention auto"),
     "empty prompt": ([""], "PROMPT empty"),
-    "blank prompt": ([" \n"], "PROMPT empty"),
+    "no ids": (["--raw-ids", " \n"], "PROMPT empty"),
     "surrogate": (["a\udcff"], "PROMPT UTF-8"),
     "long and odd": (["--bogus\x1b[2J\n" + "x" * 500], "--bogus"),
 }
-INPUTS = {"empty": (b"", "empty"), "blank": (b" \n", "empty"), "not UTF-8": (b"a\xff", "UTF-8")}
+INPUTS = {"empty": (b"", "empty"), "not UTF-8": (b"a\xff", "UTF-8")}
 
 
 def assert_usage(monkeypatch, capsys, args: list[str], words: str, given: bytes = b"") -> None:
@@ -655,7 +776,59 @@ def test_hub_id(speaker, tmp_path, monkeypatch):
         server.shutdown()
         server.server_close()
     assert (status, out) == (1, "")
-    assert_error(err, "owner/other", "cannot be downloaded")
+    assert_error(err, "owner/other", "cannot be downloaded", "not found")
+
+
+REASONS = {  # the hub's status and code, and what the line has to say
+    "mistyped": (401, "RepoNotFound", "not found spelled"),
+    "gated": (403, "GatedRepo", "gated access"),
+    "broken": (500, "", "500"),
+    "login": (401, "", "log"),
+    "revision": (404, "RevisionNotFound", "no branch 'v9'"),
+}
+
+
+class Refusing(Hub):
+    def do_GET(self) -> None:
+        name = next(name for name in REASONS if f"/{name}/" in self.path)
+        self.send_response(REASONS[name][0])
+        for key, text in (("X-Error-Code", REASONS[name][1]), ("Content-Length", "0")):
+            self.send_header(key, text)
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+
+@on_posix
+def test_why_a_hub_id_cannot_be_had(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    env |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    code = """
+import sys
+from generate import CheckpointError, load_model
+for name in sys.argv[1:]:
+    try:
+        load_model(f"owner/{name}")
+    except CheckpointError as error:
+        print(error)
+"""
+
+    def said(*names: str, **more: str) -> list[str]:
+        line = [sys.executable, "-c", code, *names]
+        how = {"env": {**os.environ, **env, **more}, "cwd": ROOT}
+        return subprocess.run(line, capture_output=True, text=True, **how).stdout.splitlines()
+
+    try:
+        lines = said(*[n + "@v9" * (n == "revision") for n in REASONS])
+    finally:
+        server.shutdown()
+        server.server_close()
+    for line, (*_, words) in zip(lines, REASONS.values(), strict=True):
+        assert all(word in line for word in words.split()), line
+    assert "cannot be reached" in said("other")[0]
+    assert "downloads are off" in said("other", HF_HUB_OFFLINE="1")[0]
 
 
 # ------------------------------------------------------------------------------------------- fuzz

@@ -239,6 +239,33 @@ def test_numpy_integers_are_ids(model):
     assert collect(model, [prompt], np.uint8(24), eos_token_ids=()) == expected
 
 
+def test_numbers_of_numpy_and_pytorch(model):
+    """In any place; texts and truth values are none."""
+    plain = collect(model, [IDS], 4, temperature=0.5, seed=1, top_k=9, eos_token_ids=[3])
+    how = {"temperature": np.float32(0.5), "seed": np.array(1), "top_k": torch.tensor(9)}
+    for ends in (np.int64(3), np.array([3]), torch.tensor([3]), [np.uint8(3)]):
+        ids = [*map(np.int64, IDS[:-1]), torch.tensor(IDS[-1])]
+        assert collect(model, [ids], np.int8(4), **how, eos_token_ids=ends) == plain
+    for bad in ("3", ["x"], 2.5, True, [None]):
+        with pytest.raises(ValueError, match="eos_token_ids"):
+            generate.generate(model, [IDS], 4, eos_token_ids=bad)
+    with pytest.raises(ValueError, match="temperature"):
+        generate.generate(model, [IDS], 4, temperature=np.True_)
+
+
+@pytest.mark.parametrize("options", ({}, SAMPLED))
+def test_the_callers_default_device_and_dtype(options, tmp_path, model):
+    """As notebooks set them; "meta" stands for another device."""
+    folder, expected = write_files(tmp_path / "m", checkpoint()), collect(model, PROMPTS, **options)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert collect(load_model(folder), PROMPTS, **options) == expected
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
 # ------------------------------------------------------------------------------------------ faults
 
 

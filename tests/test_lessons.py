@@ -561,6 +561,19 @@ def test_scores_by_hand():
     assert figures == pytest.approx({"loss": math.log(256), "perplexity": 256, "bits/byte": 8})
 
 
+def test_a_tokenizer_that_begins_texts_itself(folder, model, tmp_path):
+    """Its bos token is there once, and is no text."""
+    from tokenizers import Tokenizer, processors
+
+    (file := tmp_path / "text").write_text("the theory")
+    plain = score.read_ids(file, Tokenizer.from_file(str(folder / "tokenizer.json")), model.config)
+    tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    end = tok.id_to_token(0)
+    tok.post_processor = processors.TemplateProcessing(f"{end} $A", None, [(end, 0)])
+    assert tok.encode("a").ids[0] == 0
+    assert score.read_ids(file, tok, model.config) == plain and plain.count(0) == 1
+
+
 def test_score_command(run, folder, model, tmp_path):
     text, file = TEXT * 5, tmp_path / "text.py"
     file.write_text(text, encoding="utf-8")

@@ -1,6 +1,9 @@
 """A checkpoint's tokenizer: what is refused, and what it keeps."""
 
+import base64
+import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -21,6 +24,7 @@ from changes import (
 )  # fmt: skip
 from conftest import END, START, checkpoint, parts, tokenizer
 from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer
 
 from files.tokenizer import decoder, encode
 from generate import TextStream, load_tokenizer
@@ -33,6 +37,27 @@ def in_tokenizer(change: Callable[[dict], object]) -> Change:
 def from_parts(name: str, raw: bytes) -> Change:
     files = {**parts(tokenizer()), name: raw}
     return both(remove("tokenizer.json"), *(put(name, raw) for name, raw in files.items()))
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
+LOWER = {"type": "Lowercase"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+PIECE, SPECIAL = ({kind: {"id": "A", "type_id": 0}} for kind in ("Sequence", "SpecialToken"))
+
+
+def chain(name: str, parts: list[dict]) -> dict:
+    return {"type": "Sequence", name: parts}
+
+
+def nested(part: dict, depth: int) -> dict:
+    made = part
+    for _ in range(depth - 1):
+        made = chain("normalizers", [made, part])
+    return made if depth < 9 else chain("normalizers", [part] * depth)
+
+
+def template(*pieces: dict) -> dict:
+    return {"type": "TemplateProcessing", "single": [*pieces], "pair": [], "special_tokens": {}}
 
 
 ROWS = [
@@ -56,6 +81,45 @@ ROWS = [
         ("id 2^32 - 1", lambda t: t["model"]["vocab"].update(xyzzy=2**32 - 1)),
         ("id 300", lambda t: t["model"]["vocab"].update(xyzzy=300)),
     )],
+    *[(f"tokenizer: {name}", in_tokenizer(change), f"tokenizer.json {words}")
+      for name, change, words in (
+        ("doubling normalizers", lambda t: t.update(normalizer=chain("normalizers", [DOUBLE] * 40)),
+         "normalizer times"),
+        ("many parts", lambda t: t.update(normalizer=chain("normalizers", [LOWER] * 40)),
+         "normalizer parts"),
+        ("nested ones", lambda t: t.update(normalizer=nested(DOUBLE, 12)), "normalizer times"),
+        ("bytes of bytes", lambda t: t.update(pre_tokenizer=chain("pretokenizers", [BYTES] * 9)),
+         "pre_tokenizer times"),
+        ("both", lambda t: t.update(normalizer=nested(DOUBLE, 6), pre_tokenizer=chain(
+            "pretokenizers", [BYTES] * 2)), "normalizer pre_tokenizer times"),
+        ("doubling decoders", lambda t: t.update(decoder=chain("decoders", [DOUBLE] * 12)),
+         "decoder times"),
+        ("a long replacement", lambda t: t.update(normalizer={**DOUBLE, "content": "x" * 300}),
+         "normalizer times"),
+        ("an empty pattern", lambda t: t.update(normalizer={**DOUBLE, "pattern": {"String": ""}}),
+         "normalizer empty"),
+        ("an empty regex", lambda t: t.update(normalizer={**DOUBLE, "pattern": {"Regex": ""}}),
+         "normalizer empty"),
+        ("an empty match", lambda t: t.update(normalizer={**DOUBLE, "pattern": {"Regex": "a*"}}),
+         "normalizer empty"),
+        ("an empty suffix", lambda t: t.update(decoder={"type": "BPEDecoder", "suffix": ""}),
+         "decoder suffix"),
+        ("texts of texts", lambda t: t.update(post_processor=template(PIECE, PIECE)),
+         "post_processor twice"),
+        ("many pieces", lambda t: t.update(post_processor=template(*[SPECIAL] * 99)), "pieces"),
+        ("a table", lambda t: t.update(normalizer={"type": "Precompiled", "precompiled_charsmap":
+            base64.b64encode(bytes(4) + b"x" * 999).decode()}), "normalizer times"),
+    )],
+    *[(f"tokenizer_config: {name}", put("tokenizer_config.json", json.dumps(raw).encode()),
+       f"tokenizer_config.json {words}") for name, raw, words in (
+        ("a list", [], "object"), ("ids", {"added_tokens_decoder": []}, ""),
+        ("no list", {"added_tokens_decoder": [1]}, "added_tokens_decoder"),
+        ("no id", {"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder"),
+        ("no token", {"added_tokens_decoder": {"5": {"content": 5}}}, "added_tokens_decoder"),
+        ("flags", {"added_tokens_decoder": {"0": {"content": END, "lstrip": "x"}}}, "lstrip"),
+        ("another id", {"added_tokens_decoder": {"5": {"content": END}}}, f"{END} 5"),
+        ("a hole", {"added_tokens_decoder": {"299": {"content": "<|x|>"}}}, "<|x|> 299"),
+    ) if words],
     ("tokenizer: more ids than the model", config(vocab_size=270), "tokenizer.json vocab_size"),
     *[(f"parts: {name}", from_parts(name, raw), words) for name, raw, words in (
         ("vocab.json", b"{}", ""), ("vocab.json", b"[]", "vocab.json object"),
@@ -136,10 +200,98 @@ def test_an_added_token_that_the_model_lacks(folder):
         encode(tok, "a<|x299|>", 300)
 
 
-def test_without_set_blocking(folder, monkeypatch):
-    """Python 3.11 has none on Windows."""
-    monkeypatch.delattr(os, "set_blocking", raising=False)
-    assert load_tokenizer(folder).encode("a").ids
+def test_threads_leave_standard_error_alone(folder):
+    """Nothing that encodes, fails or decodes may switch it, even for a moment."""
+    tok, before, seen = load_tokenizer(folder), os.fstat(2), []
+    stop = threading.Event()
+
+    def serve() -> None:
+        for _ in range(1000):
+            encode(tok, "the theory " * 20, 300)
+            decoder(tok)([64, 7])
+        stop.set()
+
+    threads = [threading.Thread(target=serve) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while not (seen and stop.is_set()):
+        seen.append(os.fstat(2))
+    for thread in threads:
+        thread.join()
+    assert {(x.st_dev, x.st_ino) for x in seen} == {(before.st_dev, before.st_ino)}
+
+
+def test_decoding_is_caught(folder):
+    """As encoding is: a pattern that runs away in a decoder is one line."""
+    runaway = {"type": "Replace", "pattern": {"Regex": "^(?:a|a)+$"}, "content": "x"}
+    in_tokenizer(lambda t: t.update(decoder=chain("decoders", [{"type": "Fuse"}, runaway])))(folder)
+    tok = load_tokenizer(folder)
+    a, b = tok.token_to_id("a"), tok.token_to_id("b")
+    with pytest.raises(ValueError, match="not a usable tokenizer"):
+        decoder(tok)([a] * 40 + [b])
+
+
+PARTS = {  # of released tokenizers
+    "Llama": {"normalizer": chain("normalizers", [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]),
+        "pre_tokenizer": None, "decoder": chain("decoders", [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}])},
+    "Qwen": {"normalizer": {"type": "NFC"}, "pre_tokenizer": chain("pretokenizers", [
+        {"type": "Split", "pattern": {"Regex": "\\p{N}| ?\\p{L}+|\\s+"}, "behavior": "Isolated",
+         "invert": False}, BYTES])},
+    "XLM": {"normalizer": chain("normalizers", [
+        {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]),
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always",
+                          "split": True}},
+    "BERT": {"normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": True,
+                            "handle_chinese_chars": True, "strip_accents": None},
+             "pre_tokenizer": {"type": "BertPreTokenizer"}},
+    "a bos token": {"post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": END, "type_id": 0}}, PIECE],
+        "pair": [PIECE, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_released_tokenizers(name, folder):
+    in_tokenizer(lambda t: t.update(PARTS[name]))(folder)
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode("The  theory 12").ids == plain.encode("The  theory 12").ids
+
+
+@pytest.mark.parametrize("whole", (True, False), ids=("tokenizer.json", "parts"))
+def test_special_tokens_of_tokenizer_config(whole, folder):
+    """Which it alone names: of the vocabulary, and added at its end; as in transformers."""
+    if not whole:
+        both(remove("tokenizer.json"), *(put(*x) for x in parts(tokenizer()).items()))(folder)
+    last = tokenizer().get_vocab_size()
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    listed = {64: ("_", True), last: ("<|new|>", True), last + 1: ("<think>", False)}
+    data = {
+        "added_tokens_decoder": {
+            str(i): {"content": token, "special": special, **flags}
+            for i, (token, special) in listed.items()
+        },
+        "eos_token": END, "pad_token": {"content": "<|pad|>", "__type": "AddedToken", **flags},
+        "additional_special_tokens": ["<|more|>"], "tokenizer_class": "PreTrainedTokenizerFast",
+    }  # fmt: skip
+    listed[tokenizer().token_to_id("_")] = listed.pop(64)
+    data["added_tokens_decoder"][str(tokenizer().token_to_id("_"))] = data[
+        "added_tokens_decoder"].pop("64")  # fmt: skip
+    put("tokenizer_config.json", json.dumps(data).encode())(folder)
+    ours = load_tokenizer(folder)
+    text = "a_b<|new|>c<think>d<|pad|>e<|more|>f"
+    shown = ours.decode(ours.encode(text).ids)
+    assert shown == "abc<think>def" and len(ours.encode(text).ids) == 11
+    if whole:
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert ours.encode(text).ids == theirs(text).input_ids
+        assert shown == theirs.decode(ours.encode(text).ids, skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------------------------------- streaming
