@@ -533,9 +533,10 @@ def replies(folder: Path, *args: str, given: bytes = b"") -> tuple[str, str]:
 @on_posix
 def test_a_reply_that_is_cut_says_so(folder):
     (folder / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": None}))
-    assert "cut at 3 tokens; for more: --max-new-tokens 6]" in replies(
-        folder, "--max-new-tokens", "3", "ab"
-    )[1]
+    assert (
+        "cut at 3 tokens; for more: --max-new-tokens 6]"
+        in replies(folder, "--max-new-tokens", "3", "ab")[1]
+    )
     out, err = replies(folder, given=b"ab\n")  # in a conversation, what is left of it
     assert "62 new" in err and "full" in err and "cut at" not in err
 

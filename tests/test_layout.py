@@ -51,8 +51,8 @@ SHARED = {"ahead", "changes", "fuzz", "fuzz_steps"}
 PUBLIC = ("generate", "load_model")  # whose parameters are the command's options
 TOP = {
     ".ci", ".clang-format", ".github", ".gitignore", ".pytest.ini", ".ruff.toml", "LICENSE",
-    "README.md", "bench", "fast", "files", "generate.py", "granitemoe.py", "lessons", "requirements.txt",
-    "test_granitemoe.py", "tests", "tiny",
+    "README.md", "bench", "fast", "files", "generate.py", "granitemoe.py", "lessons",
+    "requirements.txt", "test_granitemoe.py", "tests", "tiny",
 }  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
