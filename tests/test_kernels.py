@@ -8,6 +8,7 @@ waits for the one before it, is read from the text.
 
 import ast
 import dataclasses
+import gc
 import importlib.util
 import itertools
 import json
@@ -24,15 +25,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TESTS, representing, thorough
-from torch import Tensor, nn
+from torch import Tensor
 
 import generate
-from fast import cuda
+from fast import cpu, cuda
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache, Router
 from test_granitemoe import CHECKPOINTS, LENGTHS, T, fill, random_config
+from test_granitemoe import cuda as on_a_card
 
 TEXT = (ROOT / "fast/kernels.py").read_text(encoding="utf-8")
-TOLERANCE = 1e-5  # relative, in float32
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # relative
 needs_triton = pytest.mark.skipif(cuda.kernels is None, reason="triton is not installed")
 interpreted = pytest.mark.skipif(
     cuda.kernels is None or torch.cuda.is_available(),
@@ -211,7 +213,7 @@ CASES = {
     "head_dim 256": Case((18, 1), (0, 2), (2, 1, 256, 4, 2, 8, 33), ONE_LAYER),
     "every expert": Case((3, 1, 1), (0, 1), (2, 2, 8, 4, 4, 16, 40)),
     "one expert": Case((3, 1, 1), (0,), (2, 1, 8, 1, 1, 16, 40)),
-    "ties, few rows": Case((4, 1, 1), (0, 0, 2), (4, 4, 8, 8, 3, 16, 40), change=tied),
+    "ties, few rows": Case((4, 1), (0, 2), (4, 4, 8, 8, 3, 16, 40), ONE_LAYER, change=tied),
     "every score equal, few rows": Case((2, 1), (0, 0), change=level),
     "all on two experts, few rows": Case((3, 1, 1), (0, 1, 0), change=alike),
     "from the last program to the first": Case((20, 1, 1), (0, 5, 2), backwards=True),
@@ -231,7 +233,9 @@ CASES = {
     "seventeen rows of all lengths": Case(
         (17, 1), (*range(17),), (3, 3, 8, 11, 5, 12, 33), ONE_LAYER
     ),
-    "more rows than one program sorts": Case((2, 1, 1), (0,) * 18, limits=SORTED_BY_MANY),
+    "more rows than one program sorts": Case(
+        (2, 1), (0,) * 9, more=ONE_LAYER, limits=SORTED_BY_MANY
+    ),
     "many sorted blocks": Case((2, 1), (0,) * 36, (2, 1, 8, 13, 3, 8, 33), limits=SORTED_BY_MANY),
     "130 rows": Case((1, 1), (0,) * 130, (1, 1, 4, 5, 2, 8, 20), ONE_LAYER),
     "every expert, nine rows": Case((2, 1), NINE, (2, 2, 8, 4, 4, 16, 40)),
@@ -261,6 +265,7 @@ CASES = {
     ),
     "two rows in a block": Case((11,), (0, 3, 1)),
     "room for a piece": Case((9,), (0, 3), room=32),
+    "short turns": Case((5, 1, 4, 1), more=ONE_LAYER),
     "turns": Case((5, 1, 1, 17, 1, 1, 2, 1), (0, 2), limits=SMALL),
     "a token before a row begins": Case((3, 1, 1, 4, 1, 1), (0, 8, 5)),
     "tokens before a row begins, nine rows": Case((1, 1, 1, 1, 1), NINE),
@@ -305,9 +310,8 @@ CASES = {
     for name, (seed, _) in CHECKPOINTS.items()
 }  # fmt: skip
 QUICK = (
-    "one row", "padded rows", "one key head, odd sizes", "nine rows", "ties, few rows",
-    "a prompt of 33 in pieces", "turns", "more rows than one program sorts",
-    "tokens before a row begins, nine rows", "a token of NaN", "float16",
+    "padded rows", "nine rows, one layer", "a prompt of 33 in pieces", "a token of NaN",
+    "more rows than one program sorts", "short turns",
 )  # fmt: skip
 
 
@@ -373,24 +377,24 @@ def wasted(pads: Tensor, end: int) -> float:
     return 0.0
 
 
-def errors(case: Case) -> dict[str, float]:
+def errors(case: Case, device: str = "cpu") -> dict[str, float]:
     """How far the kernels are from the plain step, by what is compared."""
     model = (
         filled(parity(case.more["seed"]), case.change) if "seed" in case.more else make_model(case)
     )
     rows, total, V = len(case.starts), sum(case.pieces), model.config.vocab_size
     exact_cache, cache = (
-        KVCache(model.config, rows, case.room or total + 3, dtype=dtype)
+        KVCache(model.config, rows, case.room or total + 3, device=device, dtype=dtype)
         for dtype in (torch.float32, case.dtype)
     )
     cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)
-    pads = torch.tensor(case.starts)[:, None]
-    ids = torch.randint(V, (rows, total), generator=torch.Generator().manual_seed(total))
+    pads = torch.tensor(case.starts, device=device)[:, None]
+    rng = torch.Generator().manual_seed(total)
+    ids = torch.randint(V, (rows, total), generator=rng).to(device)
     ids[ids == BAD] = BAD + 1
     ids[0, -1] = BAD if case.spoiled else 1
-    model = model.to(case.dtype)
-    wide = filled(model.config, case.change)
-    wide.load_state_dict(model.state_dict())
+    wide = filled(model.config, case.change).to(device)
+    wide.load_state_dict(model.to(device, case.dtype).state_dict())
     plain, compiled = generate.plain_step(wide, exact_cache, pads), cuda.step(model, cache, pads)
     found: dict[str, float] = {"logits": 0.0, "work": 0.0}
     with torch.inference_mode():
@@ -409,7 +413,7 @@ def errors(case: Case) -> dict[str, float]:
 def remembered(memory: Tensor, exact: Tensor, total: int, pads: Tensor, case: Case) -> float:
     """The error of what is kept for later tokens. No slot past the last token is written; what is
     before a row's first, others may multiply by 0."""
-    slots = torch.arange(memory.shape[3])
+    slots = torch.arange(memory.shape[3], device=pads.device)
     real = (slots >= pads) & (slots < total)
     before = (slots < pads) & (slots < total)
     if case.spoiled:  # in eager NaN times 0 reaches tokens before it
@@ -428,9 +432,8 @@ def stable(self: Router, x: Tensor) -> tuple:
     return logits, logits.gather(1, ids).softmax(dim=-1).to(x.dtype), ids
 
 
-def run(name: str, monkeypatch) -> dict[str, float]:
+def run(case: Case, monkeypatch, device: str = "cpu") -> dict[str, float]:
     """The errors of a case."""
-    case = CASES[name]
     BACKWARDS[:] = [True] * case.backwards
     FORWARDS.clear()
     with monkeypatch.context() as patch:
@@ -443,39 +446,166 @@ def run(name: str, monkeypatch) -> dict[str, float]:
                 patch.setattr(cuda, table, options)
         for limit, value in case.limits.items():
             patch.setattr(cuda, limit, value)
-        return errors(case)
-
-
-def tolerance(name: str) -> float:
-    return TOLERANCE if CASES[name].dtype == torch.float32 else 5e-3
+        return errors(case, device)
 
 
 @interpreted
 @pytest.mark.parametrize("name", representing(CASES, *QUICK))
 def test_kernels_equal_the_plain_step(name, interpreter, monkeypatch):
-    found = run(name, monkeypatch)
-    print(name, found)
-    assert max(found.values()) < tolerance(name), found
+    found = run(CASES[name], monkeypatch)
+    print(name, found)  # pytest -rP shows it
+    assert max(found.values()) < TOLERANCES[CASES[name].dtype], found
 
 
-# -------------------------------------------------------------------------------------- the launches
+# ------------------------------------------------------------------------------------ the door
+
+
+@pytest.fixture
+def door(interpreter, monkeypatch) -> GraniteMoeForCausalLM:
+    """A model, for which compiled=True means the kernels."""
+    monkeypatch.setattr(cpu, "step", cuda.step)
+    for table, blocks in BLOCKS.items():
+        own = getattr(cuda, table)
+        monkeypatch.setattr(cuda, table, {name: own[name] | blocks.get(name, {}) for name in own})
+    return make_model(Case((), more=ONE_LAYER))
+
+
+def ids_of(model, prompts: list, n: int, compiled: bool = True, **options) -> list:
+    return list(generate.generate(model, prompts, n, compiled=compiled, **options))
 
 
 @interpreted
-def test_a_graph_is_captured_once_and_for_what_stays(interpreter, monkeypatch):
-    """At the second call of each size; then it is replayed."""
-    captured = []
-    again = cuda.capture
+def test_replies_equal_plain_ones(door):
+    """Two in a conversation of one row, and one of padded rows."""
+    caches = [KVCache(door.config, 1, 24) for _ in range(2)]
+    for prompt in ([3, 9, 4], [7, 1]):
+        plain, ours = (
+            ids_of(door, [prompt], 3, compiled, cache=cache, repetition_penalty=1.7)
+            for compiled, cache in enumerate(caches)
+        )
+        held = [cache.ids[0, : cache.length].tolist() for cache in caches]
+        assert plain == ours and held[0] == held[1] and len({row[0] for row in ours}) == 3
+    rows, options = [[5, 17, 3], [40], [7, 2]], {"seed": 3, "temperature": 1.0}
+    assert ids_of(door, rows, 3, **options) == ids_of(door, rows, 3, False, **options)
+
+
+@interpreted
+def test_a_reply_stops_at_what_is_not_finite(door):
+    """Inside a graph nothing can be raised; the step's logits carry the news."""
+    steps = generate.generate(door, [[1, 2]], 5, compiled=True)
+    next(steps), next(steps)
+    with torch.no_grad():
+        door.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="logits: not finite at step 2"):
+        list(steps)
+
+
+@interpreted
+@thorough
+def test_replies_leave_nothing_behind(door, monkeypatch):
+    """No graph, no cache, no tensor."""
+    monkeypatch.setattr(cuda.Forward, "allocate", ALLOCATE)
+    alive = []
+    for turn in range(4):
+        ids_of(door, [[5, turn]], 3)
+        gc.collect()
+        alive.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+    assert len(set(alive[1:])) == 1, alive
+
+
+@interpreted
+def test_a_graph_is_captured_once_for_each_size(interpreter, monkeypatch):
+    """At its second call, and then replayed."""
+    captured, again = [], cuda.capture
     monkeypatch.setattr(cuda, "capture", lambda run: captured.append(run.__self__.T) or again(run))
-    found = run("turns", monkeypatch)
-    assert max(found.values()) < TOLERANCE
-    assert captured == [1, 16]
+    case = Case((3, 1, 1, 2, 1), more=ONE_LAYER)
+    assert max(run(case, monkeypatch).values()) < TOLERANCES[torch.float32]
+    assert captured == [1, 64] and [forward.T for forward in FORWARDS] == [64, 1]
+
+
+@interpreted
+def test_where_memory_has_moved_graphs_are_made_anew(door, monkeypatch):
+    moved = iter([False, False, True, False])
+    monkeypatch.setattr(cuda.Guard, "look", lambda self, ids: next(moved))
+    step = cuda.step(door, KVCache(door.config, 1, 8), torch.zeros(1, 1, dtype=torch.long))
+    logits = [step(torch.tensor([[5]])).clone() for _ in range(4)]
+    assert len(FORWARDS) == 2 and FORWARDS[0].calls == FORWARDS[1].calls == 2
+    assert all(x.isfinite().all() for x in logits)
+
+
+@interpreted
+def test_a_full_cache_is_said(door):
+    cache, ids = KVCache(door.config, 1, 4), torch.ones(1, 3, dtype=torch.long)
+    step = cuda.step(door, cache, torch.zeros(1, 1, dtype=torch.long))
+    step(ids), step(ids[:, :1])
+    for more in (ids, ids[:, :1]):
+        with pytest.raises(ValueError, match=r"^cache: \d tokens do not fit in 4$"):
+            step(more)
+    assert cache.length == 4
+
+
+@interpreted
+def test_a_card_that_fails(door, monkeypatch):
+    """Compilers and captures raise errors of dozens of classes, many lines long."""
+
+    def fail(self) -> None:
+        raise RuntimeError("no kernel\nis there")
+
+    for function, words in ((fail, "no kernel"), (lambda self: 1 / 0, "division by zero")):
+        monkeypatch.setattr(cuda.Forward, "run", function)
+        with pytest.raises(ValueError, match=f"^compiling or capturing failed: {words}$"):
+            ids_of(door, [[5]], 3)
+
+
+@interpreted
+def test_a_card_with_less_memory_gets_fewer_stages(door, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    asked = []
+
+    class Kernel:
+        arg_names = ["x_ptr", "D", "BN"]
+
+        def __getitem__(self, grid: tuple) -> Callable:
+            return self.launch
+
+        def launch(self, *arguments, num_stages: int, **sizes) -> None:
+            asked.append(num_stages)
+            if num_stages > most:
+                raise OutOfResources(300000, 232448, "shared memory")
+
+    forward = cuda.Forward(door, KVCache(door.config, 1, 4), torch.zeros(1, 1), 1)
+    forward.options["attend"]["num_stages"], most = 4, 2
+    monkeypatch.setattr(cuda, "kernels", SimpleNamespace(attend=Kernel()))
+    forward.launch("attend", (1,), forward.x)
+    forward.launch("attend", (1,), forward.x)
+    assert asked == [4, 3, 2, 2]
+    most = 0
+    with pytest.raises(OutOfResources):
+        forward.launch("attend", (1,), forward.x)
+    assert asked[4:] == [2, 1] and cuda.FEW["attend"]["num_stages"] == 4
+
+
+@needs_triton
+def test_sizes_of_pieces_and_splits():
+    """Few sizes, none more than a piece holds; at least two tokens, which a step is not."""
+    for rows, count in itertools.product((1, 3, 64, 2047, 9999), (1, 2, 63, 64, 65, 2048, 9999)):
+        size = cuda.piece_size(count, rows)
+        assert size & (size - 1) == 0 and (size * rows <= cuda.PIECE or size == 1)
+        assert size >= count or size * rows * 2 > cuda.PIECE
+    found = [cuda.piece_size(count, 1) for count in (1, 64, 65, 300, 2048, 2049)]
+    assert found == [64, 64, 128, 512, 2048, 2048]
+    assert [cuda.splits(*x) for x in ((1, 8, 600), (1, 8, 2049), (9, 8, 600), (64, 8, 600))] == [
+        8, 32, 4, 1,
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- planted faults
 FAULTS = {  # in a copy of the text: old, new, the case that has to fail
     "ties by the higher index": (
-        "(e[:, None] < e[None, :])", "(e[:, None] > e[None, :])", "ties, few rows",
+        "(e[:, None] < e[None, :])",
+        "(e[:, None] > e[None, :])",
+        "ties, few rows",
     ),
     "many ties by the higher index": (
         "index = tl.min(tl.where(free & (left == best[:, None]), e, EP)",
@@ -501,14 +631,24 @@ FAULTS = {  # in a copy of the text: old, new, the case that has to fail
         "rounded(total, x.dtype)\n        x =",
         "a prompt of 15",
     ),
-    "experts not weighted": ("rounded(out, x.dtype) * w[:, None]", "rounded(out, x.dtype)", "one row"),
+    "experts not weighted": (
+        "rounded(out, x.dtype) * w[:, None]",
+        "rounded(out, x.dtype)",
+        "one row",
+    ),
     "many experts not weighted": ("total += w * load_row", "total += load_row", "a prompt of 15"),
     "no epsilon": ("tl.sum(x * x) / D + eps", "tl.sum(x * x) / D", "one row"),
     "many without epsilon": ("squares / D + eps", "squares / D", "a prompt of 15"),
-    "turned the other way": ("rounded(first * cos, dtype) -", "rounded(first * cos, dtype) +", "one row"),
+    "turned the other way": (
+        "rounded(first * cos, dtype) -",
+        "rounded(first * cos, dtype) +",
+        "one row",
+    ),
     "turned by the slot": ("(at - tl.load(start_ptr + b)) * C + c", "at * C + c", "padded rows"),
     "many turned by the slot": (
-        "tl.maximum(at + new - start, 0)", "(at + new)", "a prompt of 17, padded",
+        "tl.maximum(at + new - start, 0)",
+        "(at + new)",
+        "a prompt of 17, padded",
     ),
     "padding is seen": ("low = start + split * share", "low = split * share", "padded rows"),
     "the last slot left out": ("end = tl.load(at_ptr) + 1", "end = tl.load(at_ptr)", "one row"),
@@ -519,44 +659,82 @@ FAULTS = {  # in a copy of the text: old, new, the case that has to fail
     ),
     "tops of shares": ("tl.exp2(tops - tl.max(tops, axis=0))", "tl.exp2(tops * 0)", "splits meet"),
     "heads of a key head": (
-        "(b * H + g * R + r[:, None])", "(b * H + r[:, None] * G + g)", "one row",
+        "(b * H + g * R + r[:, None])",
+        "(b * H + r[:, None] * G + g)",
+        "one row",
     ),
     "many heads of a key head": ("* H + g * R + m % R)", "* H + m % R * G + g)", "a prompt of 15"),
     "a query does not see itself": (
-        "s[None, :] <= (at + new)[:, None]", "s[None, :] < (at + new)[:, None]", "a prompt of 15",
+        "s[None, :] <= (at + new)[:, None]",
+        "s[None, :] < (at + new)[:, None]",
+        "a prompt of 15",
     ),
     "the last block of slots": (
-        "end = at + tl.minimum(first + tokens, live)", "end = edge + BS", "a prompt of 65, padded, in pieces",
+        "end = at + tl.minimum(first + tokens, live)",
+        "end = edge + BS",
+        "a prompt of 65, padded, in pieces",
     ),
-    "no fading": ("dot(p.to(v.dtype), v, y * fade[:, None])", "dot(p.to(v.dtype), v, y)", "a prompt of 17, padded"),
-    "counters not set back": ("tl.store(ended_ptr + n, 0)", "tl.store(ended_ptr + n, 2)", "one row"),
+    "no fading": (
+        "dot(p.to(v.dtype), v, y * fade[:, None])",
+        "dot(p.to(v.dtype), v, y)",
+        "a prompt of 17, padded",
+    ),
+    "counters not set back": (
+        "tl.store(ended_ptr + n, 0)",
+        "tl.store(ended_ptr + n, 2)",
+        "one row",
+    ),
     "padding has experts": (
         "real = (n < N) & (n % T < tl.load(live_ptr)) & (tl.load(at_ptr) + n % T >= start)",
         "real = n < N",
         "a prompt of 17, padded",
     ),
     "what is left of a piece has experts": (
-        "real = (n < N) & (n % T < tl.load(live_ptr)) &", "real = (n < N) &", "a prompt of 33 in pieces",
+        "real = (n < N) & (n % T < tl.load(live_ptr)) &",
+        "real = (n < N) &",
+        "a prompt of 33 in pieces",
     ),
     "a block of two rows": (
-        "(first // T == last // T) & (first % T >= live)", "first % T >= live", "two rows in a block",
+        "(first // T == last // T) & (first % T >= live)",
+        "first % T >= live",
+        "two rows in a block",
     ),
     "what is left of a piece is kept": (
-        "mask = ((n < N) & (new < live))[:, None] & known", "mask = (n < N)[:, None] & known", "room for a piece",
+        "mask = ((n < N) & (new < live))[:, None] & known",
+        "mask = (n < N)[:, None] & known",
+        "room for a piece",
     ),
-    "blocks before": ("tl.where(other < block, counts, 0)", "tl.where(other < 0, counts, 0)", "a prompt of 31"),
-    "an expert's last tile": ("(total + ROWS - 1) // ROWS", "total // ROWS", "nine rows, one layer"),
-    "the k-th choice": ("choice = tl.where(hit, k, choice)", "choice = tl.where(hit, 0, choice)", "nine rows, one layer"),
-    "the last of a piece": ("n = b * T + tl.load(live_ptr) - 1", "n = b * T + T - 1", "a prompt of 15"),
+    "blocks before": (
+        "tl.where(other < block, counts, 0)",
+        "tl.where(other < 0, counts, 0)",
+        "a prompt of 31",
+    ),
+    "an expert's last tile": (
+        "(total + ROWS - 1) // ROWS",
+        "total // ROWS",
+        "nine rows, one layer",
+    ),
+    "the k-th choice": (
+        "choice = tl.where(hit, k, choice)",
+        "choice = tl.where(hit, 0, choice)",
+        "nine rows, one layer",
+    ),
+    "the last of a piece": (
+        "n = b * T + tl.load(live_ptr) - 1",
+        "n = b * T + T - 1",
+        "a prompt of 15",
+    ),
     "logits not scaled": (
         "rounded(rounded(product(weight, h), h.dtype) / divisor, h.dtype)",
         "rounded(product(weight, h), h.dtype)",
         "one row",
     ),
     "many logits not scaled": (
-        "rounded(rounded(total, dtype) / divisor, dtype)", "rounded(total, dtype)", "nine rows, one layer",
+        "rounded(rounded(total, dtype) / divisor, dtype)",
+        "rounded(total, dtype)",
+        "nine rows, one layer",
     ),
-}  # fmt: skip
+}
 
 
 def load(text: str, folder: Path) -> ModuleType:
@@ -575,6 +753,139 @@ def test_planted_faults_are_found(name, interpreter, monkeypatch, tmp_path):
     old, new, case = FAULTS[name]
     assert TEXT.count(old) == 1
     monkeypatch.setattr(cuda, "kernels", load(TEXT.replace(old, new), tmp_path))
-    found = run(case, monkeypatch)
+    found = run(CASES[case], monkeypatch)
     print(name, found)
-    assert not max(found.values()) < 10 * tolerance(case), found
+    assert not max(found.values()) < 1e-3, found
+
+
+# ------------------------------------------------------------------------- what the text has to say
+READ_EARLY = {"down": {"chosen_ptr", "w_ptr"}}  # besides weights: its docstring says why
+
+
+def launched() -> set[str]:
+    return set(
+        re.findall(r'launch\(\s*"(\w+)"', (ROOT / "fast/cuda.py").read_text(encoding="utf-8"))
+    )
+
+
+def calls(node: ast.AST, name: str) -> int:
+    every = [each for each in ast.walk(node) if isinstance(each, ast.Call)]
+    return sum(ast.unparse(each.func) == name for each in every)
+
+
+def complaints(text: str) -> list[str]:
+    """What is missing of the order of kernels, which no interpreter shows."""
+    functions = {each.name: each for each in ast.parse(text).body if hasattr(each, "name")}
+    found = [f"{name} is not there" for name in launched() - {*functions}]
+    for name in launched() & {*functions}:
+        kernel = functions[name]
+        waits = [ast.unparse(statement) == "wait(PDL)" for statement in kernel.body]
+        if sum(waits) != 1 or calls(kernel, "wait") != 1:
+            found.append(f"{name} does not wait once, whatever comes")
+        early = kernel.body[1 : (waits + [True]).index(True)]
+        pointers = {
+            each.id
+            for statement in early
+            for each in ast.walk(statement)
+            if isinstance(each, ast.Name) and each.id.endswith("_ptr")
+        }
+        others = {x for x in pointers if not x.endswith(("weight_ptr", "norm_ptr"))}
+        if others - READ_EARLY.get(name, set()):
+            found.append(f"{name} reads {others} before it waits")
+        if any(calls(statement, "tl.store") for statement in early):
+            found.append(f"{name} writes before it waits")
+        if calls(kernel, "launch_next") != 1 or kernel.args.args[-1].arg != "PDL":
+            found.append(f"{name} does not say when the next may start")
+        if "Grid: (" not in ast.get_docstring(kernel).replace("\n", " "):
+            found.append(f"{name} does not name its grid")
+    return found
+
+
+UNORDERED = {
+    "no wait": ("    wait(PDL)\n    y = load_row", "    y = load_row"),
+    "a wait for some": ("    wait(PDL)\n    row =", "    if n > 0:\n        wait(PDL)\n    row ="),
+    "read before": (
+        "    wait(PDL)\n    y = load_row(y_ptr + b * D, d, D)",
+        "    y = load_row(y_ptr + b * D, d, D)\n    wait(PDL)",
+    ),
+    "no launch": ("    launch_next(PDL)\n    hidden = swiglu", "    hidden = swiglu"),
+}
+
+
+def test_kernels_wait_for_each_other():
+    assert len(launched()) >= 17 and complaints(TEXT) == []
+
+
+@pytest.mark.parametrize("name", UNORDERED)
+def test_what_does_not_wait_is_found(name):
+    old, new = UNORDERED[name]
+    assert TEXT.count(old) == 1 and complaints(TEXT.replace(old, new))
+
+
+@needs_triton
+def test_tables_name_kernels_and_their_letters():
+    used = set()
+    for table in (cuda.FEW, cuda.STEP, cuda.SHORT, cuda.LONG):
+        for name, options in table.items():
+            letters = {*options} - {"num_warps", "num_stages"}
+            assert letters <= {*getattr(cuda.kernels, name).arg_names}, name
+            used.add(name)
+    assert used == launched()
+
+
+# ------------------------------------------------------------------------------------ ahead of time
+NARROW = {"route", "sort_by_expert", "add_norm", "embed"}  # little is read, in small pieces
+
+
+def ahead(*words: str) -> list:
+    """What ahead.py prints: a list for each kernel. In a process without the interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    line = [sys.executable, TESTS / "ahead.py", *words]
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(row) for row in done.stdout.splitlines()]
+
+
+AHEAD = (
+    "90 1b bfloat16 1x1",
+    "90 1b bfloat16",
+    "90 3b bfloat16",
+    "80 bfloat16",
+    "100 bfloat16",
+    "90 float16",
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", representing(AHEAD, "90 1b bfloat16 1x1"))
+def test_compiled_for_a_card(name):
+    """Nothing is spilled, and of the loads of what is large a third or more are of 16 bytes."""
+    rows = ahead(*name.split())
+    assert len(rows) >= 8
+    for *_, kernel, facts in rows:
+        assert facts["stack"] == 0, (kernel, facts)
+        assert facts["wide"] * 3 >= facts["loads"] or kernel in NARROW, (kernel, facts)
+
+
+# ---------------------------------------------------------------------------------------- on a card
+ALL_EXPERTS = (4, 2, 64, 4, 4, 64, 301)  # no near-tie may fall either way
+SOME_EXPERTS = (4, 2, 64, 8, 2, 64, 301)
+ON_CARD = {
+    "one row": Case((5, 1, 1, 1), own_blocks=True),
+    "padded rows": Case((9, 1, 1, 1), (0, 7, 2), own_blocks=True),
+    "nine rows": Case((9, 1, 1, 1), NINE, own_blocks=True),
+    "64 rows": Case((9, 1, 1, 1), (0,) * 63 + (4,), own_blocks=True),
+    "a prompt in pieces": Case((300, 1, 1), (0, 70), limits={"PIECE": 256}, own_blocks=True),
+    "a long prompt": Case((300, 300, 1, 1), limits={"SHORT_PIECE": 64}, own_blocks=True),
+}
+
+
+@on_a_card
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", ON_CARD)
+def test_cuda_kernels_equal_the_plain_step(name, dtype, monkeypatch):
+    """Compiled and captured. In two bytes every expert is chosen; in float32 two of eight."""
+    sizes = SOME_EXPERTS if dtype == torch.float32 else ALL_EXPERTS
+    found = run(ON_CARD[name]._replace(dtype=dtype, sizes=sizes), monkeypatch, "cuda")
+    print(name, dtype, found)
+    assert max(found.values()) < 2 * TOLERANCES[dtype], found
