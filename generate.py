@@ -414,8 +414,8 @@ def open_model(args: argparse.Namespace, folder: Path) -> GraniteMoeForCausalLM:
     model = load_model(folder, **how, **forms)
     loaded = time.perf_counter() - began
     if args.compile:
-        others = [[0]] * (len(args.prompts) - 1)  # several are seldom of one length
-        list(generate(model, [[0, 0], *others], 2, eos_token_ids=(), compiled=True))
+        trial = fast.trial(model, len(args.prompts))
+        list(generate(model, trial, 2, eos_token_ids=(), compiled=True))
         terminal.note(f"[compiled in {time.perf_counter() - began - loaded:.1f} s]")
         runs = f"compiled: {fast.description(model)}"
     else:

@@ -500,7 +500,7 @@ def check_inputs(input_ids: Tensor, attention_mask: Tensor | None, cache: KVCach
     S = T if cache is None else cache.length + T
     if cache is not None:
         rows, room = cache.ids.shape
-        if rows != B or room < S:
+        if rows != B or not T <= S <= room:
             raise ValueError(f"cache: {B} rows of {S} tokens do not fit in {rows} of {room}")
     if attention_mask is not None and attention_mask.shape != (B, S):
         raise ValueError(f"attention_mask: must be {[B, S]}, got {attention_mask.shape}")

@@ -1,14 +1,16 @@
 """The same numbers sooner: not needed to understand the model.
 
+guard.py    whether a model is the one that the compiled steps compute
 cpu.py      on a CPU, in C: cpu.c (a step of one token a row), prompt.c (prompts), numbers.h
-cuda.py     on CUDA: a step of one token a row, captured as one graph
+cuda.py     on CUDA, in Triton: kernels.py, captured as one graph for each number of new tokens
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from granitemoe import GraniteMoeForCausalLM, KVCache, auto_experts
+from fast.guard import Guard
+from granitemoe import GraniteMoeForCausalLM, KVCache
 
 Step = Callable[[Tensor], Tensor]
 
@@ -21,7 +23,7 @@ def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Step:
     new tokens. Logits (B, V), float32: after the last of them, on the model's device, valid until
     the next call. The cache is written as the model's forward writes it.
     Raises ValueError that says why, where there is no compiled form for this model, device, dtype
-    or machine.
+    or machine. So does each step, where the model has changed in a way that it would not follow.
     """
     if cache.keys.device.type == "cuda":
         from fast import cuda as part
@@ -31,46 +33,23 @@ def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Step:
 
 
 def check(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
-    """What both parts ask for. Raises ValueError where the steps would not be this model's, or not
-    fit this cache."""
-    c, weight = model.config, model.model.norm.weight
-    compiled = ("auto", "batched", auto_experts(weight.device))
-    if c.attention_backend != "sdpa" or c.experts_backend not in compiled:
-        forms = f"{c.attention_backend!a:.40} and {c.experts_backend!a:.40}"
-        raise ValueError(f"compiled steps: have forms of their own; {forms} were asked for")
-    if model.training and c.attention_dropout:
-        raise ValueError("compiled steps: have no dropout; call model.eval() before")
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"compiled steps: call no hooks; {name!a:.60} has a forward hook")
-    sizes = (c.num_hidden_layers, len(pads), c.num_key_value_heads, c.head_dim)
-    expected = (*sizes, weight.dtype, weight.device)
-    L, B, G, _, C = cache.keys.shape
-    got = (L, B, G, C, cache.keys.dtype, cache.keys.device)
-    if got != expected:
-        raise ValueError(f"cache: (layers, B, G, C, dtype, device) must be {expected}, is {got}")
+    """A guard's first reading alone. Raises ValueError where the steps would not be this model's,
+    or not fit this cache."""
+    Guard(model, cache, pads)
 
 
-class Guard:
-    """Whether a model is the one that compiled steps compute, and its memory still there."""
-
-    def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
-        check(model, cache, pads)
-        self.cache = cache
-
-    def look(self, ids: Tensor) -> bool:
-        """Before each step: whether memory has moved. Raises ValueError."""
-        end, room = self.cache.length + ids.shape[1], self.cache.max_length
-        if end > room:
-            raise ValueError(f"cache: {end} tokens do not fit in {room}")
-        return False
+def trial(model: GraniteMoeForCausalLM, rows: int) -> list[list[int]]:
+    """Prompts for a first reply, in which all is compiled: of two lengths, since several prompts
+    are seldom of one. A context of 1 has no room for the second token."""
+    longest = [0, 0][: model.config.max_position_embeddings]
+    return [longest] + [[0]] * (rows - 1)
 
 
 def description(model: GraniteMoeForCausalLM) -> str:
     """How the steps of a model run, in words, if step takes it."""
     weight = model.model.norm.weight
     if weight.device.type == "cuda":
-        return "captured as one graph"
+        return "Triton kernels, in one graph"
     from fast import cpu
 
     return "C" if cpu.parallel(weight.dtype) else "C, in one thread (no OpenMP)"

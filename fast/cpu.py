@@ -8,11 +8,11 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import itertools
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast import check
+from fast.guard import Guard
 from granitemoe import (
     Attention,
     GraniteMoeConfig,
@@ -45,11 +45,15 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
-    "-fassociative-math",
+    "-fopenmp-simd",  # sums that say so may be in any order; no library is needed
 ]
 NATIVE = (["-march=native"], ["-mcpu=native"])  # the second where the first is not known
 FLOAT = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are: C relies on it
 WHOLE = {"dtype": torch.int64, "device": "cpu"}
+OPENMP = {True: ["-fopenmp"], False: []}
+FUNCTIONS = ("step", "attention", "experts")  # of the library
+CPUINFO = Path("/proc/cpuinfo")
+CPU_SECONDS = 120  # of a compiler, which takes one or two
 DTYPES = {torch.bfloat16: [], torch.float32: ["-DWEIGHT=float"]}
 
 
@@ -66,52 +70,152 @@ def has_compiler() -> bool:
     return shutil.which(compiler()[0]) is not None
 
 
-def compile_step(dtype: torch.dtype, file: Path) -> None:
-    """Build the C texts for this processor, with OpenMP if the compiler has it, or ValueError."""
-    said, texts = [], [str(file) for file in SOURCES if file.suffix == ".c"]
-    for parallel, native in itertools.product((["-fopenmp"], []), NATIVE):
-        line = [*compiler(), *FLAGS, *native, *parallel, *DTYPES[dtype], *texts]
-        try:
-            done = subprocess.run([*line, "-o", str(file), "-lm"], capture_output=True, input=b"")
-        except OSError as error:
-            tried = f"{compiler()[0]!a:.60} ($CC, else cc): {error.strerror}"
-            raise ValueError(f"compiled steps: need a C compiler; tried {tried}") from None
+def compile_step(dtype: torch.dtype, file: Path, parallel: bool) -> None:
+    """Build the C texts for this processor into a file, which then can be loaded. Or ValueError."""
+    if not has_compiler():
+        raise ValueError(
+            f"compiled steps: need a C compiler; tried {compiler()[0]!a:.60} ($CC, cc)"
+        )
+    texts = [str(each) for each in SOURCES if each.suffix == ".c"]
+    said = []
+    for native in NATIVE:
+        line = [*compiler(), *FLAGS, *native, *OPENMP[parallel], *DTYPES[dtype], *texts]
+        done = run_limited([*line, "-o", str(file), "-lm"])
+        said += done.stderr.decode(errors="replace").strip().splitlines()[:1]
         if done.returncode == 0:
-            with contextlib.suppress(OSError):  # zig cc builds with an OpenMP that is not there
-                if parallel:
-                    ctypes.CDLL(str(file))
+            if loaded(file) is not None:  # zig cc builds with an OpenMP that is not there
                 return
-        said += done.stderr.decode(errors="replace").strip().splitlines()[:1] or ["no message"]
-    raise ValueError(f"compiled steps: {compiler()[0]!a:.60} failed: {ascii(said[0])[1:-1]:.120}")
+            said.append("it built no library that can be loaded")
+    reason = ascii((said or ["no message"])[0])[1:-1]
+    raise ValueError(f"compiled steps: {compiler()[0]!a:.60} failed: {reason:.120}")
 
 
-def built_name(dtype: torch.dtype) -> str:
-    """A file name that changes with all that can change the library, the processor included."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    machine = (platform.machine(), platform.processor(), found)
+def run_limited(line: list[str]) -> subprocess.CompletedProcess:
+    """Run a compiler, which may outlive this process, but not by more than its CPU time."""
+    if os.name == "posix":  # the shell sets the limit: Python in a forked child could block
+        limit = f'ulimit -t {CPU_SECONDS} 2>/dev/null; exec "$@"'
+        line = ["/bin/sh", "-c", limit, "sh", *line]
+    return subprocess.run(line, capture_output=True, input=b"")
+
+
+def loaded(file: Path) -> ctypes.CDLL | None:
+    """A library with all functions of ours, or None."""
+    with contextlib.suppress(OSError):
+        found = ctypes.CDLL(str(file))
+        if all(hasattr(found, name) for name in FUNCTIONS):
+            return found
+    return None
+
+
+def processor() -> object:
+    """What -march=native depends on: by the system or, where it does not say, by the compiler."""
+    if CPUINFO.exists():
+        named = ("model name", "flags", "Features")
+        return sorted({x for x in CPUINFO.read_text().splitlines() if x.startswith(named)})
+    macros = ["-dM", "-E", "-x", "c", os.devnull]
+    with contextlib.suppress(OSError):
+        return [run_limited([*compiler(), *native, *macros]).stdout for native in NATIVE]
+    return None
+
+
+def built_name(dtype: torch.dtype, parallel: bool) -> str:
+    """The beginning of a file name, which changes with all that can change the library."""
     texts = [file.read_bytes() for file in SOURCES]
-    what = (texts, compiler(), FLAGS, DTYPES[dtype], machine)
-    return f"step-{hashlib.sha256(repr(what).encode()).hexdigest()[:20]}.so"
+    machine = (platform.machine(), platform.processor(), processor())
+    what = (texts, compiler(), FLAGS, OPENMP[parallel], DTYPES[dtype], machine)
+    return f"step-{hashlib.sha256(repr(what).encode()).hexdigest()[:20]}-"
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------- where it is kept
+def ours(path: Path, kind: Callable) -> bool:
+    """Whether a path is no link, of this kind, and nobody else's to write."""
+    found = path.lstat()
+    private = found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return private and kind(found.st_mode)
+
+
+def nobody_elses(path: Path) -> bool:
+    """Whether no other user but root can replace what is in a folder."""
+    found = path.stat()
+    open_to_all = found.st_mode & 0o002 and not found.st_mode & stat.S_ISVTX
+    return found.st_uid in (0, os.geteuid()) and not open_to_all
+
+
+def kept_in() -> Path:
+    """The folder for what is built, which is made if need be. Raises OSError or RuntimeError where
+    there is none that only this user can write: what is in it is executed."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = named if named.is_absolute() else Path.home() / ".cache"
+    folder = base / "granitemoe"
+    if not hasattr(os, "geteuid"):
+        raise OSError("this system does not say whose a folder is")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.lstat().st_uid == os.geteuid() and not folder.is_symlink():
+        folder.chmod(0o700)
+    if not ours(folder, stat.S_ISDIR) or not all(map(nobody_elses, folder.resolve().parents)):
+        raise OSError(f"{folder} is not this user's alone")
+    return folder
+
+
+def find(folder: Path, name: str) -> ctypes.CDLL | None:
+    """The library of this name, if it is whole: its digest is the rest of its name."""
+    for file in sorted(folder.glob(f"{name}*.so")):
+        if ours(file, stat.S_ISREG) and file.name == f"{name}{digest(file.read_bytes())}.so":
+            found = loaded(file)
+            if found is not None:
+                return found
+        with contextlib.suppress(OSError):  # cut off, say: it is built anew
+            file.unlink()
+    return None
+
+
+def keep(file: Path, folder: Path, name: str) -> None:
+    """Move a library there at once, since another process may be building it too, and written
+    through to the disk, so that no part of it is there after a crash."""
+    with file.open("rb+") as opened:
+        data = opened.read()
+        os.fsync(opened.fileno())
+    file.chmod(0o700)
+    file.rename(folder / f"{name}{digest(data)}.so")
+
+
+def build(dtype: torch.dtype, folder: Path, parallel: bool, keeping: bool) -> ctypes.CDLL:
+    """From the folder, if it is there, or built; and kept there."""
+    name = built_name(dtype, parallel)
+    found = find(folder, name) if keeping else None
+    if found is None:
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            file = Path(unfinished, "step.so")
+            compile_step(dtype, file, parallel)
+            found = loaded(file)  # what is loaded stays loaded
+            if keeping:
+                keep(file, folder, name)
+    return found
+
+
+def parallel_or_not(dtype: torch.dtype, folder: Path, keeping: bool) -> ctypes.CDLL:
+    """With OpenMP, or without where the compiler cannot do it."""
+    try:
+        return build(dtype, folder, True, keeping)
+    except ValueError as with_openmp:
+        try:
+            return build(dtype, folder, False, keeping)
+        except ValueError:
+            raise with_openmp from None
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The C texts as a library, from the user's cache if it was built before. Or ValueError."""
-    name = built_name(dtype)
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "granitemoe")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-                compile_step(dtype, file := Path(unfinished, name))
-                file.rename(folder / name)  # at once: another process may be building it too
-        return ctypes.CDLL(str(folder / name))
+        return parallel_or_not(dtype, kept_in(), True)
     except (OSError, RuntimeError):  # no home, or nothing can be written or executed there
-        with tempfile.TemporaryDirectory() as folder:  # what is loaded stays loaded
-            compile_step(dtype, file := Path(folder, name))
-            return ctypes.CDLL(str(file))
+        with tempfile.TemporaryDirectory() as folder:
+            return parallel_or_not(dtype, Path(folder), False)
 
 
 SIZES = ("V", "D", "F", "L", "H", "G", "C", "E", "K", "B", "S", "at", "threads")
@@ -180,26 +284,17 @@ Model = struct(SIZES, SCALARS, TENSORS)
 
 def weights_of(model: GraniteMoeForCausalLM) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The weights outside the layers, by their names in C, and those of the layers in order. A step
-    keeps these tensors, whatever happens to the model later. Raises ValueError for other models."""
-    body, tied = model.model, model.config.tie_word_embeddings
-    head = body.embed_tokens if tied else model.lm_head
-    outer = {"embed_tokens": body.embed_tokens.weight, "norm": body.norm.weight}
-    inner, expected = [], [f"{name}.weight" for name in LAYER]
-    for layer in body.layers:
-        own = dict(layer.named_parameters())
-        if odd := sorted({*own} ^ {*expected}):
-            raise ValueError(f"compiled steps: take Granite's own layers; {odd[0]!a:.60} differs")
-        inner += [own[name].detach() for name in expected]
-    outer = {name: x.detach() for name, x in (outer | {"head": head.weight}).items()}
-    if {x.dtype for x in (*outer.values(), *inner)} != {outer["norm"].dtype}:
-        raise ValueError("compiled steps: need weights of one dtype")
-    if not all(x.is_contiguous() for x in (*outer.values(), *inner)):
-        raise ValueError("compiled steps: need contiguous weights")
-    return outer, inner
+    keeps these tensors until it takes addresses anew. A Guard has read them."""
+    body = model.model
+    head = body.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    outer = {"embed_tokens": body.embed_tokens, "norm": body.norm, "head": head}
+    inner = [layer.get_submodule(name) for layer in body.layers for name in LAYER]
+    found = {name: module.weight.detach() for name, module in outer.items()}
+    return found, [module.weight.detach() for module in inner]
 
 
 def buffers(B: int, S: int, c: GraniteMoeConfig) -> dict[str, Tensor]:
-    """What a step computes, by its names in C; an Act there has 4 bytes or fewer."""
+    """What a step computes, by its names in C; an Activation has 4 bytes or fewer."""
     D, E, K, F = c.hidden_size, c.num_local_experts, c.num_experts_per_tok, c.intermediate_size
     H, kv, M = c.num_attention_heads, c.num_key_value_heads * c.head_dim, B * K
     floats = {
@@ -228,7 +323,7 @@ def model_in_c(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Mo
     c, (L, B, G, S, C) = model.config, cache.keys.shape
     outer, inner = weights_of(model)
     cos, sin = rope_tables(torch.arange(S, **WHOLE)[None], c, cache.keys.dtype)
-    cached = {"keys": cache.keys, "values": cache.values, "pads": pads.clone()}
+    cached = {"keys": cache.keys, "values": cache.values, "pads": pads}
     held = outer | {"cos": cos, "sin": sin} | cached | buffers(B, S, c)
     layers = (ctypes.c_void_p * len(inner))(*[x.data_ptr() for x in inner])
     sizes = {"V": c.vocab_size, "D": c.hidden_size, "F": c.intermediate_size, "L": L, "G": G}
@@ -242,31 +337,26 @@ def model_in_c(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Mo
     return m
 
 
-def token_step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
-    """The step of one token a row in C: from ids (B, 1) to logits (B, V)."""
-    run, m = library(cache.keys.dtype).step, model_in_c(model, cache, pads)
-    names = ("logits_NE", "expert_ids_NK", "weights_NK", "tied")
-    logits_NE, expert_ids_NK, weights_NK, tied = (m.held[name] for name in names)
-
-    def step(ids: Tensor) -> Tensor:
-        ids, logits = ids[:, 0].contiguous(), torch.empty(m.B, m.V, **FLOAT)
-        m.ids, m.logits = ids.data_ptr(), logits.data_ptr()
-        m.at, m.threads = cache.length, torch.get_num_threads()
-        tied[0] = -1
+def one_token(m: Model, cache: KVCache, start: int, ids: Tensor) -> Tensor:
+    """The step of one token a row in C: from ids (B, 1), for slot `start`, to logits (B, V)."""
+    ids, logits = ids[:, 0].contiguous(), torch.empty(m.B, m.V, **FLOAT)
+    m.ids, m.logits = ids.data_ptr(), logits.data_ptr()
+    m.at, m.threads = start, torch.get_num_threads()
+    run, tied = library(cache.keys.dtype).step, m.held["tied"]
+    tied[0] = -1
+    run(ctypes.byref(m))
+    while tied[0] >= 0:  # a layer's choice of experts is ambiguous: as Router makes it
+        top = m.held["logits_NE"].topk(m.K, dim=-1)
+        m.held["expert_ids_NK"][:] = top.indices
+        m.held["weights_NK"][:] = top.values.softmax(dim=-1)
         run(ctypes.byref(m))
-        while tied[0] >= 0:  # a layer's choice of experts is ambiguous: as Router makes it
-            top = logits_NE.topk(m.K, dim=-1)
-            expert_ids_NK[:], weights_NK[:] = top.indices, top.values.softmax(dim=-1)
-            run(ctypes.byref(m))
-        cache.ids[:, cache.length] = ids
-        cache.length += 1
-        return logits
-
-    return step
+    cache.ids[:, start] = ids
+    cache.length = start + 1
+    return logits
 
 
 # ---------------------------------------------------------------------------------------- prompts
-RUN, KEYS = 256, 96  # as in prompt.c
+RUN, KEYS, MOST_C = 256, 96, 128  # as in prompt.c
 AttentionInC = struct(
     ("B", "H", "G", "T", "S", "C", "threads"), ("scale",), ("q", "k", "values", "y", "pads")
 )
@@ -281,7 +371,7 @@ def attend_in_c(q: Tensor, k: Tensor, v: Tensor, pads: Tensor, scale: float) -> 
     """Causal attention of q (B, H, T, C) on k, v (B, G, S, C) from each row's first slot on, pads
     (B, 1). Returns (B, H, T, C)."""
     (B, H, T, C), (_, G, S, _) = q.shape, k.shape
-    if C > 512:  # too large for a thread's stack
+    if C > MOST_C:  # too large for a thread's stack
         slots = torch.arange(S, **WHOLE)
         return attend_sdpa(q, k, v, visible(slots[S - T :], slots >= pads), scale, 0.0)
     values = F.pad(v, (0, 0, 0, -S % KEYS)).unflatten(2, (-1, KEYS)).transpose(-1, -2)
@@ -351,25 +441,36 @@ def read_prompt(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, ids:
 
 
 # ------------------------------------------------------------------------------------------- both
-def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable:
-    """See fast.step. The first step of a process builds the C texts, in a second or two."""
-    weight = model.model.norm.weight
-    if weight.device.type != "cpu" or weight.dtype not in DTYPES:
-        what = f"{weight.device}, {str(weight.dtype).removeprefix('torch.')}"
-        raise ValueError(f"compiled steps: need CUDA, or a CPU and bfloat16 or float32; got {what}")
-    check(model, cache, pads)
-    one_token, last_pad = token_step(model, cache, pads), int(pads.max())
+class Step:
+    """See fast.step. The first one of a process builds the C texts, in a second or two."""
+
+    def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
+        self.guard = Guard(model, cache, pads)
+        device, dtype = self.guard.device, self.guard.dtype
+        if device.type != "cpu" or dtype not in DTYPES:
+            got = f"{device}, {str(dtype).removeprefix('torch.')}"
+            need = "need CUDA, or a CPU and bfloat16 or float32"
+            raise ValueError(f"compiled steps: {need}; got {got}")
+        self.model, self.cache = model, cache
+        self.pads = pads.clone(memory_format=torch.contiguous_format)
+        self.last_pad = int(pads.max())
+        library(dtype)
+        self.m = model_in_c(model, cache, self.pads)
 
     @torch.no_grad()
-    def advance(ids: Tensor) -> Tensor:
-        T, room = ids.shape[1], cache.max_length
-        if cache.length + T > room:
-            raise ValueError(f"cache: {cache.length + T} tokens do not fit in {room}")
-        if T == 1 and cache.length >= last_pad:
-            return one_token(ids)
-        return read_prompt(model, cache, pads, ids)
+    def __call__(self, ids: Tensor) -> Tensor:
+        model, cache, V = self.model, self.cache, self.model.config.vocab_size
+        if self.guard.look(ids):
+            self.m = model_in_c(model, cache, self.pads)
+        low, high = ids.aminmax()
+        if low < 0 or high >= V:  # C would read beyond the embedding
+            raise ValueError(f"ids: must be from 0 to {V - 1}, got {int(low)} to {int(high)}")
+        if ids.shape[1] == 1 and self.guard.start >= self.last_pad:
+            return one_token(self.m, cache, self.guard.start, ids)
+        return read_prompt(model, cache, self.pads, ids)
 
-    return advance
+
+step = Step  # the name that each part has
 
 
 def parallel(dtype: torch.dtype) -> bool:

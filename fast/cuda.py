@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fast import Guard
+from fast.guard import Guard
 from granitemoe import DecoderLayer, GraniteMoeConfig, GraniteMoeForCausalLM, KVCache, rope_tables
 
 try:
@@ -82,7 +82,8 @@ def check_sizes(c: GraniteMoeConfig, rows: int) -> None:
     if rows * K > 2**20 or rows >= 2**16:
         raise ValueError(f"compiled steps: {rows} rows are too many for them")
     assignments = max(PIECE, rows) * K
-    if max(assignments * max(D, F), V * max(D, rows)) >= 2**31:
+    largest = max(assignments * max(D, F), V * max(D, rows), D * max(D, F))
+    if largest >= 2**31:  # places are numbers of 32 bits
         sizes = f"vocab_size {V}, hidden_size {D}, intermediate_size {F}"
         raise ValueError(f"compiled steps: {sizes} are too large for {rows} rows")
 
@@ -126,6 +127,9 @@ def adapted(
         if name in options:
             most = most_bytes // (sizes["CP"] * dtype.itemsize)
             options[name]["BS"] = max(16, min(options[name]["BS"], most))
+    if "route_many" in options:  # its blocks of h and of the router's weight, in shared memory
+        most = max(16, 2**15 // (sizes["EP"] * dtype.itemsize))
+        options["route_many"]["BK"] = min(options["route_many"]["BK"], most)
     if "attend_many" in options:  # a block holds at least a token, with all its heads of a key head
         options["attend_many"]["BM"] = max(options["attend_many"]["BM"], sizes["RP"])
     return options
@@ -143,9 +147,18 @@ class Forward:
     """The kernels for T tokens of each of B rows, with memory of their own. The first call launches
     them one by one, which compiles what is not compiled; the second captures a CUDA graph."""
 
-    def __init__(self, model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor, T: int) -> None:
+    def __init__(
+        self,
+        model: GraniteMoeForCausalLM,
+        cache: KVCache,
+        pads: Tensor,
+        rope: list[Tensor],
+        T: int,
+    ) -> None:
+        """rope: rope_tables of all slots of the cache."""
         device, dtype = cache.keys.device, cache.keys.dtype
         self.model, self.cache = model, cache
+        self.cos, self.sin = rope
         self.T, self.B = T, len(pads)
         self.N = self.B * T
         self.sizes = letters(model.config)
@@ -155,7 +168,7 @@ class Forward:
         capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
         self.options = adapted(FEW if self.few else options, self.sizes, dtype, capability)
         self.dependent = DEPENDENT and capability >= 9 and not torch.version.hip
-        self.graph, self.calls = None, 0
+        self.graph, self.launched = None, False
         self.allocate(pads.flatten().to(torch.int32), device, dtype)
 
     def allocate(self, start: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -168,15 +181,14 @@ class Forward:
         self.at = torch.zeros(1, **whole)
         self.live = torch.full((1,), self.T, **whole)
         self.start = start
-        positions = torch.arange(self.cache.max_length, device=device)
-        self.cos, self.sin = rope_tables(positions[None], self.model.config, dtype)
         self.x = torch.zeros(N, D, **like)
         self.h = torch.zeros(N, D, **like)
         self.q = torch.zeros(N, H, C, **like)
         self.y = torch.zeros(N, D, **like)
-        self.splits = splits(B, G, self.cache.max_length)
-        self.shares = torch.zeros(B * H * self.splits * (C + 2), **single)
-        self.attended = torch.zeros(B * G, **whole)  # 0 between launches, as `routed`
+        if self.T == 1:
+            self.splits = splits(B, G, self.cache.max_length)
+            self.shares = torch.zeros(B * H * self.splits * (C + 2), **single)
+            self.attended = torch.zeros(B * G, **whole)  # 0 between launches, as `routed`
         self.scores = torch.zeros(N, E, **single)
         self.routed = torch.zeros(N, **whole)
         self.chosen = torch.zeros(N, K, **whole)
@@ -202,11 +214,11 @@ class Forward:
         self.at.fill_(self.cache.length)
         if self.T > 1:
             self.live.fill_(count)
-        if self.calls == 1:
+        if self.launched and self.graph is None:
             self.graph = capture(self.run)
-        self.calls += 1
         if self.graph is None:
             self.run()
+            self.launched = True  # not where that was interrupted: something may not be compiled
         else:
             self.graph.replay()
         return self.logits
@@ -450,17 +462,21 @@ def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Callable
         raise ValueError(f"compiled steps: need bfloat16, float16 or float32, got {weight.dtype}")
     check_sizes(model.config, B)
     guard, last_pad = Guard(model, cache, pads), int(pads.max())
-    forwards: dict[int, Forward] = {}
+    rope, forwards = [], {}
 
     @torch.inference_mode()
     def advance(ids: Tensor) -> Tensor:
         if guard.look(ids):  # memory has moved: graphs hold addresses
+            rope.clear()
             forwards.clear()
+        if not rope:
+            slots = torch.arange(cache.max_length, device=cache.keys.device)
+            rope.extend(rope_tables(slots[None], model.config, cache.keys.dtype))
         count = ids.shape[1]
         T = 1 if count == 1 and cache.length >= last_pad else piece_size(count, B)
         for piece in ids.split(T, dim=1):
             if T not in forwards:
-                forwards[T] = Forward(model, cache, pads, T)
+                forwards[T] = Forward(model, cache, pads, rope, T)
             start, end = cache.length, cache.length + piece.shape[1]
             with torch.cuda.device_of(cache.keys):
                 logits = one_line(forwards[T], piece)

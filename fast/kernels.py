@@ -356,8 +356,10 @@ def add_shares(
         places = shares_ptr + rows[:, None] * (C + 2) + c[None, :]
         shares = tl.load(places, mask=(c < C)[None, :], other=0.0, cache_modifier=".cg")
         fade = tl.exp2(tops - tl.max(tops, axis=0))
-        y = tl.sum(shares * fade[:, None], axis=0) / tl.sum(fade * totals)
-        tl.store(y_ptr + (key_head * R + r) * C + c, y, mask=c < C)
+        y = tl.sum(shares * fade[:, None], axis=0)
+        total = tl.sum(fade * totals)
+        total = tl.where(total == 0, 1.0, total)  # a token before its row's start: y = 0
+        tl.store(y_ptr + (key_head * R + r) * C + c, y / total, mask=c < C)
 
 
 @triton.jit
@@ -573,7 +575,7 @@ def attn_in_many(
     BK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """attn_in for live tokens of h, q to (N, H, C). Grid: (blocks of pairs: q's, then k's, then v's;
+    """attn_in for live tokens of h; q to (N, H, C). Grid: (blocks of pairs, of q, then k, then v;
     N/BM). A program owns BN pairs (i, i + C/2), of one head or several, of BM tokens."""
     half: tl.constexpr = C // 2
     of_q: tl.constexpr = (H * half + BN - 1) // BN

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fast import cuda
-from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache
+from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, KVCache, rope_tables
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 STEPS = ("1x1", "64x1", "1x256", "1x2048")
@@ -79,7 +79,8 @@ def forward(size: str, dtype: torch.dtype, rows: int, tokens: int) -> cuda.Forwa
         model = GraniteMoeForCausalLM(c)
     model = model.to(dtype).to_empty(device="cpu")
     cache = KVCache(c, rows, max(600, tokens), dtype=dtype)
-    return cuda.Forward(model, cache, torch.zeros(rows, 1, dtype=torch.long), tokens)
+    rope = rope_tables(torch.arange(cache.max_length)[None], c, dtype)
+    return cuda.Forward(model, cache, torch.zeros(rows, 1, dtype=torch.long), rope, tokens)
 
 
 def facts(kernel) -> dict:
