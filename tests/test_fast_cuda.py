@@ -73,6 +73,7 @@ def test_where_no_step_is_compiled():
         fast.step(model, KVCache(model.config, 1, 4), torch.zeros(1, 1, dtype=torch.long))
 
 
+@needs_triton
 @pytest.mark.parametrize("attention, experts", (
     ("flash", "batched"), ("eager", "auto"), ("sdpa", "grouped"), ("sdpa", "gathered"),
     ("sdpa", "loop"),
