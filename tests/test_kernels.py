@@ -696,7 +696,7 @@ FAULTS = {  # in a copy of the text: old, new, the case that has to fail
     "no fading": (
         "dot(p.to(v.dtype), v, y * fade[:, None])",
         "dot(p.to(v.dtype), v, y)",
-        "a prompt of 17, padded",
+        "a prompt of 65, padded, in pieces",
     ),
     "counters not set back": (
         "tl.store(ended_ptr + n, 0)",
@@ -712,11 +712,6 @@ FAULTS = {  # in a copy of the text: old, new, the case that has to fail
         "real = (n < N) & (n % T < tl.load(live_ptr)) &",
         "real = (n < N) &",
         "a prompt of 33 in pieces",
-    ),
-    "a block of two rows": (
-        "(first // T == last // T) & (first % T >= live)",
-        "first % T >= live",
-        "two rows in a block",
     ),
     "what is left of a piece is kept": (
         "mask = ((n < N) & (new < live))[:, None] & known",
