@@ -448,7 +448,7 @@ def piece_size(count: int, rows: int) -> int:
     """How many tokens of each row a Forward takes, for `count` that are to come: a power of two, so
     that few sizes are compiled and captured. Places that are left over cost next to nothing."""
     most = 1 << (max(1, PIECE // rows).bit_length() - 1)
-    least = min(most, max(2, 64 // rows))
+    least = min(most, 1 << (max(2, 64 // rows).bit_length() - 1))
     return min(most, max(least, 1 << (count - 1).bit_length()))
 
 

@@ -31,6 +31,8 @@ TESTS = ROOT / "tests"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns in forked cases
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that a test starts
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU: asked for before any is imported
 torch.set_num_threads(1)
 with suppress(ImportError):  # which Windows lacks
     import resource
