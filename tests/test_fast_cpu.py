@@ -629,7 +629,7 @@ def eager_exact(q: Tensor, k: Tensor, v: Tensor, *more) -> Tensor:
 
 
 SANITIZED = """
-import torch, test_fast_cpu
+import fast, torch, test_fast_cpu
 from fast import cpu
 cpu.FLAGS += ["-fsanitize=address,undefined,float-cast-overflow"]
 cpu.FLAGS += ["-fno-sanitize-recover=undefined", "-g"]
@@ -649,6 +649,12 @@ for dtype in (torch.float32, torch.bfloat16):
         for first in (0, 1, 96, 150, 213):  # beyond the last slot, too: all padding
             pads = torch.tensor([[0], [first]])
             assert torch.isfinite(cpu.attend_in_c(*given, pads, 1.0)).all()
+    model, one = test_fast_cpu.build(4, dtype), torch.zeros(1, 1, dtype=torch.long)
+    cache = test_fast_cpu.empty_cache(model, 1, 9)
+    step = fast.step(model, cache, one)
+    for move in (int, model.share_memory, cache.keys.share_memory_, cache.values.share_memory_):
+        move()  # what was there is freed: the next step has to look for it anew
+        assert torch.isfinite(step(one)).all()
 print("clean")
 """
 
