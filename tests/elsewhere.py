@@ -7,6 +7,7 @@ Stands in for Windows, as far as what the tests call themselves goes; libraries 
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def move() -> None:
     for module, names in NAMES.items():
         for name in names:
             delattr(module, name)
+    subprocess.Popen.kill = subprocess.Popen.terminate  # as it is on Windows
     stat = os.stat
 
     def elsewhere(path, *args, **options):
