@@ -682,6 +682,15 @@ def test_c_under_sanitizers(how, fresh):
     assert done.stdout == "clean\n", done.stderr[-3000:]
 
 
+def test_a_trial_fits_a_context_of_one(folder):
+    """The command's first reply, in which all is built: no prompt of a user's is to blame."""
+    model = generate.load_model(folder)
+    assert fast.trial(model, 3) == [[0, 0], [0], [0]]
+    model.config.max_position_embeddings = 1
+    assert fast.trial(model, 3) == [[0], [0], [0]]
+    assert not collect(model, fast.trial(model, 3), 2, compiled=True)
+
+
 def test_c_step_in_generate(folder):
     """Ids, hooks and the model are those of the plain step; what is not finite is seen."""
     model = generate.load_model(folder)
