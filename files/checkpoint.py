@@ -321,8 +321,8 @@ def read_header(
         header = parse_json(file.read(size), MAX_HEADERS)
         header.pop("__metadata__", None)
         found = {}
-        for name in header if wanted is None else wanted & header.keys():
-            entry = header[name]
+        for name in [*header] if wanted is None else wanted & header.keys():
+            entry = header.pop(name)  # or memory would hold each twice
             good = isinstance(entry, dict) and isinstance(entry.get("shape"), list)
             require(good, f"{name!a:.80}: not a tensor's entry")
             dtype, offsets = map(entry.get, ("dtype", "data_offsets"))
