@@ -1,6 +1,7 @@
 """The chat format: a checkpoint's own template gives transformers' ids, what a message says stays
 text, and a hostile template ends in one line."""
 
+import gc
 import json
 import os
 import signal
@@ -431,6 +432,7 @@ def test_the_process_is_kept_and_ends(folder):
     assert renderer.render([("user", "a")], {})  # by another
     process = renderer.process
     del renderer
+    gc.collect()  # the error above may hold it, in a circle
     assert process.returncode is not None
 
 
