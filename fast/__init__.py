@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fast.guard import Guard
 from granitemoe import GraniteMoeForCausalLM, KVCache
 
 Step = Callable[[Tensor], Tensor]
@@ -30,12 +29,6 @@ def step(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> Step:
     else:
         from fast import cpu as part
     return part.step(model, cache, pads)
-
-
-def check(model: GraniteMoeForCausalLM, cache: KVCache, pads: Tensor) -> None:
-    """A guard's first reading alone. Raises ValueError where the steps would not be this model's,
-    or not fit this cache."""
-    Guard(model, cache, pads)
 
 
 def trial(model: GraniteMoeForCausalLM, rows: int) -> list[list[int]]:

@@ -148,6 +148,12 @@ def swiglu(gate, up, dtype: tl.constexpr):
     return rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
 
 
+@triton.jit
+def added(x, y, multiplier):
+    """x + y * m_residual, as DecoderLayer.forward adds what a block gives; float32."""
+    return x.to(tl.float32) + rounded(rounded(y, x.dtype) * multiplier, x.dtype)
+
+
 # -------------------------------------------------------------------------------------- embedding
 @triton.jit
 def embed(
@@ -272,12 +278,12 @@ def attend(
     top = tl.full([RP], -1e30, tl.float32)  # no infinity: it would make NaN of an empty share
     total = tl.zeros([RP], tl.float32)
     y = tl.zeros([RP, CP], tl.float32)
+    last = tl.full([RP], high - 1, tl.int32)
     y, top, total = look(
-        q, low, high, keys_ptr + base, values_ptr + base, scale, y, top, total, C, CP, BS
+        q, last, low, high, keys_ptr + base, values_ptr + base, scale, y, top, total, C, CP, BS
     )
     if SPLITS == 1:
-        total = tl.where(total == 0, 1.0, total)  # a token before its row's start: y = 0
-        tl.store(y_ptr + heads, y / total[:, None], mask=mask)
+        tl.store(y_ptr + heads, y / or_one(total)[:, None], mask=mask)
     else:
         row = ((b * G + g) * SPLITS + split) * R + r
         tl.store(shares_ptr + row[:, None] * (C + 2) + c[None, :], y, mask=mask)
@@ -292,6 +298,7 @@ def attend(
 @triton.jit
 def look(
     q,
+    last,
     low,
     high,
     keys_ptr,
@@ -304,8 +311,9 @@ def look(
     CP: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """Attention's sums over slots low..high, which all queries see. y: the sum of exp(score - top)
-    times values; top: the largest score so far; total: the sum of exp(score - top)."""
+    """Attention's sums over those of the slots low..high that a query sees: up to its `last`.
+    y: the sum of exp(score - top) times values; top: the largest score so far; total: the sum of
+    exp(score - top)."""
     c = tl.arange(0, CP)[None, :]
     for first in range(low, high, BS):
         s = first + tl.arange(0, BS)
@@ -313,7 +321,7 @@ def look(
         k = tl.load(keys_ptr + s[:, None] * C + c, mask=mask, other=0.0)
         v = tl.load(values_ptr + s[:, None] * C + c, mask=mask, other=0.0)
         scores = scaled_scores(q, k, scale)
-        scores = tl.where(s[None, :] < high, scores, -float("inf"))
+        scores = tl.where(s[None, :] <= last[:, None], scores, -float("inf"))
         y, top, total = add_block(scores, v, y, top, total)
     return y, top, total
 
@@ -337,6 +345,12 @@ def add_block(scores, v, y, top, total):
 
 
 @triton.jit
+def or_one(total):
+    """1 where nothing was summed: a token before its row's start then has y = 0, and no NaN."""
+    return tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
 def add_shares(
     shares_ptr,
     y_ptr,
@@ -357,8 +371,7 @@ def add_shares(
         shares = tl.load(places, mask=(c < C)[None, :], other=0.0, cache_modifier=".cg")
         fade = tl.exp2(tops - tl.max(tops, axis=0))
         y = tl.sum(shares * fade[:, None], axis=0)
-        total = tl.sum(fade * totals)
-        total = tl.where(total == 0, 1.0, total)  # a token before its row's start: y = 0
+        total = or_one(tl.sum(fade * totals))
         tl.store(y_ptr + (key_head * R + r) * C + c, y / total, mask=c < C)
 
 
@@ -382,8 +395,7 @@ def attn_out(
     y = load_row(y_ptr + b * D, d, D)
     x = load_row(x_ptr + b * D, n, D)
     launch_next(PDL)
-    out = rounded(rounded(product(weight, y), x.dtype) * multiplier, x.dtype)
-    tl.store(x_ptr + b * D + n, x.to(tl.float32) + out, mask=n < D)
+    tl.store(x_ptr + b * D + n, added(x, product(weight, y), multiplier), mask=n < D)
 
 
 # ------------------------------------------------------------------------------ experts, few rows
@@ -508,8 +520,7 @@ def down(
     launch_next(PDL)
     out = tl.sum(weight.to(tl.float32) * hidden.to(tl.float32)[:, None, :], axis=2)
     out = tl.sum(rounded(out, x.dtype) * w[:, None], axis=0)
-    out = rounded(rounded(out, x.dtype) * multiplier, x.dtype)
-    tl.store(x_ptr + b * D + n, x.to(tl.float32) + out, mask=n < D)
+    tl.store(x_ptr + b * D + n, added(x, out, multiplier), mask=n < D)
 
 
 # --------------------------------------------------------------------------------- head, few rows
@@ -673,16 +684,10 @@ def attend_many(
         q, start, edge, keys_ptr, values_ptr, scale, y, top, total, C, CP, BS
     )
     end = at + tl.minimum(first + tokens, live)
-    for s0 in range(edge, end, BS):
-        s = s0 + tl.arange(0, BS)
-        inside = (s < end)[:, None] & (c < C)[None, :]
-        k = tl.load(keys_ptr + s[:, None] * C + c[None, :], mask=inside, other=0.0)
-        v = tl.load(values_ptr + s[:, None] * C + c[None, :], mask=inside, other=0.0)
-        scores = scaled_scores(q, k, scale)
-        scores = tl.where(s[None, :] <= (at + new)[:, None], scores, -float("inf"))
-        y, top, total = add_block(scores, v, y, top, total)
-    total = tl.where(total == 0, 1.0, total)  # a token before its row's start: y = 0
-    tl.store(y_ptr + heads, y / total[:, None], mask=mask)
+    y, top, total = look(
+        q, at + new, edge, end, keys_ptr, values_ptr, scale, y, top, total, C, CP, BS
+    )
+    tl.store(y_ptr + heads, y / or_one(total)[:, None], mask=mask)
     launch_next(PDL)
 
 
@@ -738,8 +743,7 @@ def attn_out_many(
     places = x_ptr + n[:, None] * D + i[None, :]
     mask = (n < N)[:, None] & (i < D)[None, :]
     x = tl.load(places, mask=mask, other=0.0)
-    out = rounded(rounded(total, x.dtype) * multiplier, x.dtype)
-    tl.store(places, x.to(tl.float32) + out, mask=mask)
+    tl.store(places, added(x, total, multiplier), mask=mask)
 
 
 # --------------------------------------------------------------------------- experts, many tokens
@@ -1011,8 +1015,7 @@ def add_norm(
         for k in tl.static_range(K):
             w = tl.load(w_ptr + n * K + k).to(tl.float32)
             total += w * load_row(rows_ptr + (n * K + k) * D, d, D).to(tl.float32)
-        out = rounded(rounded(total, x.dtype) * multiplier, x.dtype)
-        x = (x.to(tl.float32) + out).to(x.dtype)
+        x = added(x, total, multiplier).to(x.dtype)
         tl.store(x_ptr + n * D + d, x, mask=d < D)
     launch_next(PDL)
     tl.store(h_ptr + n * D + d, rms_norm(x, norm, eps, D), mask=d < D)

@@ -641,13 +641,13 @@ FAULTS = {  # in a copy of the text: old, new, the case that has to fail
     ),
     "many gates and ups": ("swiglu(gate, up, h_ptr", "swiglu(up, gate, h_ptr", "a prompt of 15"),
     "attention's residual": (
-        "rounded(rounded(product(weight, y), x.dtype) * multiplier, x.dtype)",
-        "rounded(product(weight, y), x.dtype)",
+        "added(x, product(weight, y), multiplier)",
+        "added(x, product(weight, y), 1.0)",
         "one row",
     ),
     "many tokens' residual": (
-        "rounded(rounded(total, x.dtype) * multiplier, x.dtype)\n        x =",
-        "rounded(total, x.dtype)\n        x =",
+        "added(x, total, multiplier).to(x.dtype)",
+        "added(x, total, 1.0).to(x.dtype)",
         "a prompt of 15",
     ),
     "experts not weighted": (
@@ -684,8 +684,8 @@ FAULTS = {  # in a copy of the text: old, new, the case that has to fail
     ),
     "many heads of a key head": ("* H + g * R + m % R)", "* H + m % R * G + g)", "a prompt of 15"),
     "a query does not see itself": (
-        "s[None, :] <= (at + new)[:, None]",
-        "s[None, :] < (at + new)[:, None]",
+        "q, at + new, edge, end",
+        "q, at + new - 1, edge, end",
         "a prompt of 15",
     ),
     "the last block of slots": (
