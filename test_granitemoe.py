@@ -1451,14 +1451,18 @@ def median_error(ours: Tensor, exact: Tensor) -> float:
     return sorted(errors)[len(errors) // 2]
 
 
+def agreed(a: list, b: list) -> int:
+    """How many items, or characters, are equal before the first that differs."""
+    equal = [x == y for x, y in zip(a, b, strict=False)]
+    return [*equal, False].index(False)
+
+
 def same(what: str, ours: list, theirs: list) -> bool:
     """Prints whether they are equal or, of texts and lists of ids, what follows where they part."""
     print(f"  {what:16} {'equal' if ours == theirs else 'DIFFERENT'}")
     equal, place, a, b = ours == theirs, "", ours, theirs
     while a != b:
-        n = sum(
-            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-        )
+        n = agreed(a, b)
         place, inner = f"{place}[{n}]", isinstance(a, list) and n < min(len(a), len(b))
         if not inner or isinstance(a[n], int):
             print(f"    from {place} on: ours {a[n:]!a:.60}\n    theirs {b[n:]!a:.60}")
@@ -1539,8 +1543,7 @@ def compare_numbers(ours: Answers, theirs: Answers, exact: Answers | None, half:
     what = f"{len(ours.greedy)} greedy ids"
     if not half:
         return same(what, ours.greedy, theirs.greedy) and good
-    pairs_of_ids = zip(ours.greedy, theirs.greedy, strict=True)
-    equal = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs_of_ids))
+    equal = agreed(ours.greedy, theirs.greedy)
     print(f"  {what:16} the first {equal} equal; in 16 bits a near-tie may fall either way")
     return good
 
