@@ -1,14 +1,14 @@
 """Train the small GraniteMoe in this folder on the Python standard library of this machine.
 
-    python tiny/train.py --compile        # about an hour on two cores; run again to resume
-    python tiny/train.py --compile --start tiny --tokens 58e6       # go on from what is there
-    python tiny/train.py --out /tmp/off --aux-coef 0 --tokens 3e6     # without load balancing
-    python tiny/train.py --out /tmp/dense --dense --tokens 3e6        # same active size, no experts
+    python tiny/train.py --out new                # about an hour on two cores; run again to resume
+    python tiny/train.py --out new --start tiny --tokens 58e6         # go on from what is there
+    python tiny/train.py --out off --aux-coef 0 --tokens 4e6          # without load balancing
+    python tiny/train.py --out dense --dense --tokens 4e6             # same active size, no experts
 
 Writes a checkpoint that any GraniteMoe program opens (config.json, model.safetensors in bfloat16,
 tokenizer.json, tokenizer_config.json, generation_config.json), log.csv (loss and expert load
 against tokens seen) and report.json (held-out losses and baselines). Until it is done, state.part
-holds what a second run needs to continue.
+holds what a second run needs to continue; a folder that holds a finished model is refused.
 
 The recipe is that of PowerMoE (arXiv 2408.13359) at a width of 192: the Power learning rate, muP
 scaling by m_width = hidden / 256, AdamW, and the load-balancing loss added to the cross-entropy.
@@ -42,6 +42,13 @@ from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM, load_balancing_l
 
 VOCAB, T, B, WARMUP, ETA_MAX, A, EXPONENT = 2048, 512, 8, 100, 0.02, 4.0, -0.51
 CUTS, PROMPT_RATE = 0.04, 4e-4  # see encode and practise_prompts
+COLUMNS = ["tokens", "train_loss", "held_out_loss", "aux_loss", "max_share", "min_share"]
+HEAD = """
+Every 100 steps: the tokens seen, the loss in training (the mean of these steps) and on held-out
+files, both in nats a token; the balance loss of the last step, which is K if all is even; the
+largest and the smallest share of a layer's choices that an expert got.
+
+    tokens   train  held out  balance  largest smallest  tokens/s     left"""
 SPECIAL = ["<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]
 CONFIG = GraniteMoeConfig(
     vocab_size=VOCAB,
@@ -132,9 +139,9 @@ def power_rate(tokens: float, total: float, seen: float = 0.0) -> float:
     return rate * decay * min(1.0, (tokens - seen) / (WARMUP * B * T))
 
 
-def new_model(config: GraniteMoeConfig) -> GraniteMoeForCausalLM:
+def new_model(config: GraniteMoeConfig, seed: int) -> GraniteMoeForCausalLM:
     """muP: matrices inside the layers start smaller by the root of the width, 192 / 256."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = GraniteMoeForCausalLM(config)
     with torch.no_grad():
         for p in matrices_inside(model):
@@ -224,7 +231,8 @@ def resume(
     Returns the run's first step, the next one, and the rows of the log so far.
     """
     first, state, log = 0, args.out / "state.part", args.out / "log.csv"
-    rows = [["tokens", "train_loss", "held_out_loss", "aux_loss", "max_share", "min_share"]]
+    layers = range(model.config.num_hidden_layers)
+    rows = [[*COLUMNS, *(f"max_share_{i}" for i in layers), *(f"min_share_{i}" for i in layers)]]
     if args.start:
         model.load_state_dict(load_file(args.start / "model.safetensors"))
         seen = json.loads((args.start / "report.json").read_text())["tokens_seen"]
@@ -244,17 +252,28 @@ def resume(
     return first, step, rows
 
 
+def tell(text: str) -> None:
+    """On a terminal: what is being done, on a line that the next thing overwrites."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"\r{text:<60}", end="\r", file=sys.stderr, flush=True)
+
+
+def line(row: list[float], speed: float, left: str) -> str:
+    """A row of the log under HEAD."""
+    tokens, train_loss, held_loss, aux, most, least = row[: len(COLUMNS)]
+    losses = f"{tokens:>10,}{train_loss:>8.3f}{held_loss:>10.3f}{aux:>9.3f}"
+    return f"{losses}{most:>9.1%}{least:>9.1%}{speed:>10,.0f}{left:>9}"
+
+
 def train(
     args: argparse.Namespace, config: GraniteMoeConfig, ids: torch.Tensor, held: torch.Tensor
 ) -> GraniteMoeForCausalLM:
     """Run until args.tokens are seen; returns the trained model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = new_model(config).to(device)
-    optimizer, generator = new_optimizer(model), torch.Generator().manual_seed(0)
+    model = new_model(config, args.seed).to(device)
+    optimizer, generator = new_optimizer(model), torch.Generator().manual_seed(args.seed)
     first, step, rows = resume(args, model, optimizer, generator)
-    if args.compile:
-        model.config.experts_backend = "batched"
-        model.model.forward = torch.compile(model.model.forward, dynamic=False)
+    print(HEAD, flush=True)
     steps, losses, state = math.ceil(args.tokens / (B * T)), [], args.out / "state.part"
     began, before = time.monotonic(), step
     while step < steps:
@@ -265,13 +284,17 @@ def train(
         batch = windows(ids, length, generator).to(device)
         loss, aux = learn(model, optimizer, batch, args.aux_coef)
         losses, step = [*losses, loss], step + 1
+        tell(f"step {step} of {steps}: loss {loss:.3f}")
         if step % 100 == 0:
+            tell(f"step {step} of {steps}: trying it on held-out files")
             held_loss, shares = evaluate(model, held[: 16 * B * T], length)
-            numbers = np.mean(losses), held_loss, aux, max(map(max, shares)), min(map(min, shares))
+            most, least = [max(x) for x in shares], [min(x) for x in shares]
+            numbers = [np.mean(losses), held_loss, aux, max(most), min(least), *most, *least]
             rows.append([step * B * T, *(round(float(x), 4) for x in numbers)])
             speed = (step - before) * B * T / (time.monotonic() - began)
-            left = f"{(steps - step) * B * T / speed / 60:.0f} minutes left"
-            print(*rows[-1], f"{speed:.0f} tokens/s, {left}", flush=True)
+            left = f"{(steps - step) * B * T / speed / 60:.0f} min"
+            tell("")
+            print(line(rows[-1], speed, left), flush=True)
             with (args.out / "log.csv").open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(rows)
             losses = []
@@ -371,14 +394,16 @@ def save_report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="where to write (default: tiny/)")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--start", type=Path, help="a folder of this script's whose model goes on")
     parser.add_argument("--tokens", type=float, default=18e6, help="how many tokens to have seen")
     parser.add_argument("--prompt-tokens", type=float, default=2.5e6, help="of the last stage")
-    parser.add_argument("--aux-coef", type=float, default=0.02)
-    parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
+    parser.add_argument("--aux-coef", type=float, default=0.02, help="of the balance loss")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of what it reads")
     parser.add_argument("--dense", action="store_true", help="one expert of the active width")
     args = parser.parse_args()
+    if (args.out / "model.safetensors").exists():
+        parser.error(f"--out {args.out}: holds a finished model; name another folder")
     torch.set_flush_denormal(True)
     args.out.mkdir(parents=True, exist_ok=True)
     one = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 256}
