@@ -140,7 +140,9 @@ def test_quotes_are_made_anew(monkeypatch, tmp_path, capsys):
     root = tmp_path.parent
     monkeypatch.setattr(quotes, "renew", lambda text: text.replace("#L1", "#L2"))
     monkeypatch.setattr(quotes, "ROOT", root)
+    monkeypatch.setattr(quotes.three, "OUT", tmp_path / "three.html")
     quotes.main()
+    assert (tmp_path / "three.html").read_text(encoding="utf-8") == quotes.three.page()
     after = before.replace("old\n\nold\n", "new\n").replace("#L1", "#L2")
     assert page.read_text() == after.replace("| old |\n| --- |\n", made["python table.py"])
     assert "made anew" in capsys.readouterr().out
