@@ -226,7 +226,7 @@ ROWS = [
 
 INTRO = [
     "This repository has the same model three times. Each part below begins with the definition, "
-    "which you know; beside it is what it became for speed. All of it is cut from the files that "
+    "which you know; then comes what it became for speed. All of it is cut from the files that "
     f"run. Lines with the same number do the same. {LEFT_OUT} stands where a file has more.",
     "The two fast texts are for **one new token**, of one text or of a few. Letters such as D and "
     "K are those of the header of `granitemoe.py`; `rounded` rounds to bfloat16 as PyTorch does.",
