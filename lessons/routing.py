@@ -26,7 +26,7 @@ from torch import Tensor
 from generate import TINY, encode, generate, load_model, load_tokenizer
 from granitemoe import GraniteMoeForCausalLM
 
-TEMPLATE = Path(__file__).with_name("routing.html")
+TEMPLATE = Path(__file__).with_name("routing.template")  # no .html: it is no page yet
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BARS = " ▁▂▃▄▅▆▇█"
 LONGEST = 4000  # tokens of a file; a page holds them all

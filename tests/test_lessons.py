@@ -251,7 +251,7 @@ def test_a_token_cannot_steer_the_terminal(folder):
     assert pieces(tokenizer, [0, 299]) == ["<|end_of_text|>", "\ufffd"]
 
 
-# ---------------------------------------------------------------- routing.html
+# ---------------------------------------------------------------- routing.template
 
 
 HOSTILE = [
@@ -313,6 +313,12 @@ def test_page_escapes_what_tokens_hold():
     raw = make_page(HOSTILE).removeprefix(head).removesuffix(tail)
     assert "<" not in raw and json.loads(raw)["tokens"] == HOSTILE
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval", template)
+
+
+def test_no_file_looks_like_a_page_that_is_none():
+    """Opened in a browser, a template shows empty boxes: only what routing.py writes is a page."""
+    assert not [*(ROOT / "lessons").glob("*.htm*")]
+    assert "{{data}}" not in make_page(["a", "b", "c", "d", "e"])
 
 
 def test_page_needs_no_network():
