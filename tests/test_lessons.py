@@ -265,7 +265,7 @@ QUIET = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--hide-scrollbars", "--window-size=1200,800",
 ]  # fmt: skip
-CONTRASTS = """
+CONTRASTS = r"""
 const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 const style = getComputedStyle;
 function seen(colours) {  // what layers of colour, the lowest first, make of a pixel: its luminance
@@ -278,8 +278,13 @@ const found = [...document.querySelectorAll("main *")].filter((node) =>
   [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())).map((node) => {
   const grounds = [];
   for (let at = node; at; at = at.parentElement) grounds.unshift(style(at).backgroundColor);
-  const below = seen(grounds), above = seen([...grounds, style(node).color]);
-  return { text: node.textContent, contrast: Math.max(below, above) / Math.min(below, above) };
+  const contrast = (...more) => {
+    const all = [...grounds, ...more];
+    const below = seen(all), above = seen([...all, style(node).color]);
+    return Math.max(below, above) / Math.min(below, above);
+  };
+  const half = node.classList.contains("later") ? [style(node).boxShadow.match(/.*\)/)[0]] : [];
+  return { text: node.textContent, contrast: Math.min(contrast(), contrast(...half)) };
 });
 const page = seen([style(document.body).backgroundColor]);
 document.body.textContent = JSON.stringify({ page, found });
@@ -452,6 +457,64 @@ def test_page_fits(width, experts, tab):
         "[...document.querySelectorAll('main *')].every((node) => node.closest('.scroll')"
         " || node.getBoundingClientRect().right <= innerWidth)"
     )
+
+
+@in_browser
+@pytest.mark.parametrize("width", (400, 1400))
+@pytest.mark.parametrize("experts", (8, 40))
+def test_the_balance_of_each_layer_is_in_sight(width, experts, tab):
+    """However many experts: the two columns are within the box that scrolls. Eight fit as well."""
+    page = tab(make_page([f"token{n}" for n in range(300)], experts), width)
+    heads = "[...$('load').tHead.rows[0].cells]"
+    ends = dict(page.value(heads + ".map((c) => [c.textContent, c.getBoundingClientRect().right])"))
+    edge = page.value(BOX + ".getBoundingClientRect().right")
+    assert max(ends["max/mean"], ends["entropy"]) <= edge <= width
+    if experts == 8:
+        assert page.value(f"{BOX}.scrollWidth <= {BOX}.clientWidth")
+    peak, entropy = page.value(
+        "[...$('load').tBodies[0].rows[1].cells].slice(1, 3).map((c) => c.textContent)"
+    )
+    assert page.value("$('figures').textContent").startswith(
+        f"max/mean load {peak}, entropy {entropy}"
+    )
+
+
+BOX = "$('load').closest('.scroll')"
+PAINTED = """((chips) => spans.map((span) => {
+  const { backgroundColor: ground, boxShadow: half } = getComputedStyle(span);
+  const of = (colour) => chips.findIndex((chip) => colour.startsWith(chip));
+  return [of(ground), of(half)];
+}))(experts.map((chip) => getComputedStyle(chip).backgroundColor))"""
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ("light", "dark"))
+@pytest.mark.parametrize("width", (400, 1400))
+def test_one_expert_alone_has_one_colour(width, scheme, tab):
+    """Its own, all of a token where it is the first choice and half where it is a later one; the
+    others have none. Guards against the first choice's colour on a token of another expert."""
+    chosen = random_routing(60, 2, 8, 3).expert_ids[1].tolist()
+    page = tab(make_page([f"t{n}" for n in range(60)], 8), width)
+    page("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    assert page.value(PAINTED) == [[row[0], -1] for row in chosen]
+    page.value("experts[5].click()")
+    places = [row.index(5) if 5 in row else None for row in chosen]
+    expected = {0: [5, -1], None: [-1, -1]}
+    assert {0, 1, 2, None} <= {*places}
+    assert page.value(PAINTED) == [expected.get(place, [-1, 5]) for place in places]
+    assert page.value("$('legend').innerText").startswith("Expert 5 alone: filled where it is")
+    page.value("spans[9].onpointerenter()")  # pointing changes none of it
+    assert page.value(PAINTED) == [expected.get(place, [-1, 5]) for place in places]
+    assert page.value(
+        "[...$('choices').querySelectorAll('span:first-child')].map((x) => x.textContent)"
+    ) == [f"expert {e}" for e in chosen[9]]
+    page.value("experts[5].click()")
+    assert page.value(PAINTED) == [[row[0], -1] for row in chosen]
+    assert page.value("$('legend').hidden")
+    page.value("experts[5].click()")
+    page.value(f"{{{CONTRASTS}}}")
+    found = json.loads(page.value("document.body.textContent"))["found"]
+    assert len(found) > 200 and [each for each in found if each["contrast"] < 4.5] == []
 
 
 ACTIVE = """((a) => [a.id, a.getAttribute('aria-label'),
