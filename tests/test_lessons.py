@@ -198,7 +198,7 @@ def test_same_first_expert_by_hand():
     assert math.isnan(routing.usual(expert_ids[:, :1], [7])[0])
 
 
-def test_routing_of_a_file(run, folder, model, tmp_path):
+def test_routing_of_a_file(run, folder, model, monkeypatch, tmp_path):
     text, out = TEXT * 9, tmp_path / "page.html"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     ids = generate.load_tokenizer(folder).encode(text).ids
@@ -210,6 +210,10 @@ def test_routing_of_a_file(run, folder, model, tmp_path):
     assert re.findall(r"(\d+%)$", printed, re.MULTILINE) == shares
     assert f"{len(ids)} tokens, {L} layers" in run(routing, *how, "--html", out)
     assert len(json.loads(re.search(r'id="data">(.*?)<', out.read_text())[1])["tokens"]) == len(ids)
+    monkeypatch.setattr(routing, "LONGEST", 20)
+    assert f"text.txt: the first 20 of {len(ids)} tokens. same" in run(routing, *how)
+    assert f"{out}: the first 20 of {len(ids)} tokens, {L} l" in run(routing, *how, "--html", out)
+    assert f'"length":"the first 20 of {len(ids)} tokens"' in out.read_text()
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(ValueError, match="no token"):
         run(routing, *how)
@@ -301,7 +305,8 @@ def random_routing(N: int, layers: int, experts: int, k: int) -> routing.Routing
 
 def make_page(tokens: list[str], experts: int = 7, layers: int = 2, k: int = 3) -> str:
     found = random_routing(len(tokens), layers, experts, k)
-    return routing.page(tokens[0], tokens, 4, found, {"layer": 1, "window": 12})
+    start = {"layer": 1, "window": 12, "length": f"the first {len(tokens)} of 9999 tokens"}
+    return routing.page(tokens[0], tokens, 4, found, start)
 
 
 def browse(folder: Path, page: str, *flags: str) -> str:
@@ -512,6 +517,7 @@ def test_one_expert_alone_has_one_colour(width, scheme, tab):
     page.value("experts[5].click()")
     assert page.value(PAINTED) == [[row[0], -1] for row in chosen]
     assert page.value("$('legend').hidden")
+    assert page.value("$('summary').textContent").startswith("The first 60 of 9999 tokens, 2 l")
     page.value("experts[5].click()")
     page.value(f"{{{CONTRASTS}}}")
     found = json.loads(page.value("document.body.textContent"))["found"]
@@ -719,6 +725,18 @@ def test_share_is_the_weight_where_experts_agree(tmp_path):
     same = write_files(tmp_path / "same", {**files, "model.safetensors": save(tensors)})
     for step in walkthrough.follow(generate.load_model(same), random_ids(9))[0]:
         torch.testing.assert_close(step["shares"], step["weights"])
+
+
+def test_a_long_text_is_walked_from_its_last_tokens(run, folder, model):
+    """As many as the context has, 64, and the first line says so."""
+    text = TEXT * 9
+    ids = generate.load_tokenizer(folder).encode(text).ids
+    first, _, rest = run(walkthrough, text, "--model", folder).partition("\n\n")
+    assert first == f"Of {len(ids)} tokens the model reads the last 64: its context has no more."
+    assert f"is number {ids[-1]}, the last of 64." in rest
+    logits = walkthrough.follow(model, ids[-64:])[1]
+    assert f"{logits.softmax(dim=-1).max():6.1%}" in rest
+    assert "context" not in run(walkthrough, TEXT, "--model", folder)
 
 
 def test_walk_is_printed(run, folder):
