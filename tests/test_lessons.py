@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import CONFIG, ROOT, checkpoint, representing, thorough, write_files
 from safetensors.torch import load, save
+from torch.utils import benchmark
 
 import generate
 import granitemoe
@@ -199,7 +200,7 @@ def test_same_first_expert_by_hand():
     assert math.isnan(routing.usual(expert_ids[:, :1], [7])[0])
 
 
-def test_routing_of_a_file(run, folder, model, tmp_path):
+def test_routing_of_a_file(run, folder, model, monkeypatch, tmp_path):
     text, out = TEXT * 9, tmp_path / "page.html"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     ids = generate.load_tokenizer(folder).encode(text).ids
@@ -211,6 +212,10 @@ def test_routing_of_a_file(run, folder, model, tmp_path):
     assert re.findall(r"(\d+%)$", printed, re.MULTILINE) == shares
     assert f"{len(ids)} tokens, {L} layers" in run(routing, *how, "--html", out)
     assert len(json.loads(re.search(r'id="data">(.*?)<', out.read_text())[1])["tokens"]) == len(ids)
+    monkeypatch.setattr(routing, "LONGEST", 20)
+    assert f"text.txt: the first 20 of {len(ids)} tokens. same" in run(routing, *how)
+    assert f"{out}: the first 20 of {len(ids)} tokens, {L} l" in run(routing, *how, "--html", out)
+    assert f'"length":"the first 20 of {len(ids)} tokens"' in out.read_text()
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(ValueError, match="no token"):
         run(routing, *how)
@@ -253,7 +258,7 @@ def test_a_token_cannot_steer_the_terminal(folder):
     assert pieces(tokenizer, [0, 299]) == ["<|end_of_text|>", "\ufffd"]
 
 
-# ---------------------------------------------------------------- routing.html
+# ---------------------------------------------------------------- routing.template
 
 
 HOSTILE = [
@@ -267,7 +272,7 @@ QUIET = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--hide-scrollbars", "--window-size=1200,800",
 ]  # fmt: skip
-CONTRASTS = """
+CONTRASTS = r"""
 const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 const style = getComputedStyle;
 function seen(colours) {  // what layers of colour, the lowest first, make of a pixel: its luminance
@@ -280,8 +285,13 @@ const found = [...document.querySelectorAll("main *")].filter((node) =>
   [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())).map((node) => {
   const grounds = [];
   for (let at = node; at; at = at.parentElement) grounds.unshift(style(at).backgroundColor);
-  const below = seen(grounds), above = seen([...grounds, style(node).color]);
-  return { text: node.textContent, contrast: Math.max(below, above) / Math.min(below, above) };
+  const contrast = (...more) => {
+    const all = [...grounds, ...more];
+    const below = seen(all), above = seen([...all, style(node).color]);
+    return Math.max(below, above) / Math.min(below, above);
+  };
+  const half = node.classList.contains("later") ? [style(node).boxShadow.match(/.*\)/)[0]] : [];
+  return { text: node.textContent, contrast: Math.min(contrast(), contrast(...half)) };
 });
 const page = seen([style(document.body).backgroundColor]);
 document.body.textContent = JSON.stringify({ page, found });
@@ -297,7 +307,8 @@ def random_routing(N: int, layers: int, experts: int, k: int) -> routing.Routing
 
 def make_page(tokens: list[str], experts: int = 7, layers: int = 2, k: int = 3) -> str:
     found = random_routing(len(tokens), layers, experts, k)
-    return routing.page(tokens[0], tokens, 4, found, {"layer": 1, "window": 12})
+    start = {"layer": 1, "window": 12, "length": f"the first {len(tokens)} of 9999 tokens"}
+    return routing.page(tokens[0], tokens, 4, found, start)
 
 
 def browse(folder: Path, page: str, *flags: str) -> str:
@@ -315,6 +326,12 @@ def test_page_escapes_what_tokens_hold():
     raw = make_page(HOSTILE).removeprefix(head).removesuffix(tail)
     assert "<" not in raw and json.loads(raw)["tokens"] == HOSTILE
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval", template)
+
+
+def test_no_file_looks_like_a_page_that_is_none():
+    """Opened in a browser, a template shows empty boxes: only what routing.py writes is a page."""
+    assert not [*(ROOT / "lessons").glob("*.htm*")]
+    assert "{{data}}" not in make_page(["a", "b", "c", "d", "e"])
 
 
 def test_page_needs_no_network():
@@ -448,6 +465,65 @@ def test_page_fits(width, experts, tab):
         "[...document.querySelectorAll('main *')].every((node) => node.closest('.scroll')"
         " || node.getBoundingClientRect().right <= innerWidth)"
     )
+
+
+@in_browser
+@pytest.mark.parametrize("width", (400, 1400))
+@pytest.mark.parametrize("experts", (8, 40))
+def test_the_balance_of_each_layer_is_in_sight(width, experts, tab):
+    """However many experts: the two columns are within the box that scrolls. Eight fit as well."""
+    page = tab(make_page([f"token{n}" for n in range(300)], experts), width)
+    heads = "[...$('load').tHead.rows[0].cells]"
+    ends = dict(page.value(heads + ".map((c) => [c.textContent, c.getBoundingClientRect().right])"))
+    edge = page.value(BOX + ".getBoundingClientRect().right")
+    assert max(ends["max/mean"], ends["entropy"]) <= edge <= width
+    if experts == 8:
+        assert page.value(f"{BOX}.scrollWidth <= {BOX}.clientWidth")
+    peak, entropy = page.value(
+        "[...$('load').tBodies[0].rows[1].cells].slice(1, 3).map((c) => c.textContent)"
+    )
+    assert page.value("$('figures').textContent").startswith(
+        f"max/mean load {peak}, entropy {entropy}"
+    )
+
+
+BOX = "$('load').closest('.scroll')"
+PAINTED = """((chips) => spans.map((span) => {
+  const { backgroundColor: ground, boxShadow: half } = getComputedStyle(span);
+  const of = (colour) => chips.findIndex((chip) => colour.startsWith(chip));
+  return [of(ground), of(half)];
+}))(experts.map((chip) => getComputedStyle(chip).backgroundColor))"""
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ("light", "dark"))
+@pytest.mark.parametrize("width", (400, 1400))
+def test_one_expert_alone_has_one_colour(width, scheme, tab):
+    """Its own, all of a token where it is the first choice and half where it is a later one; the
+    others have none. Guards against the first choice's colour on a token of another expert."""
+    chosen = random_routing(60, 2, 8, 3).expert_ids[1].tolist()
+    page = tab(make_page([f"t{n}" for n in range(60)], 8), width)
+    page("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    assert page.value(PAINTED) == [[row[0], -1] for row in chosen]
+    page.value("experts[5].click()")
+    places = [row.index(5) if 5 in row else None for row in chosen]
+    expected = {0: [5, -1], None: [-1, -1]}
+    assert {0, 1, 2, None} <= {*places}
+    assert page.value(PAINTED) == [expected.get(place, [-1, 5]) for place in places]
+    assert page.value("$('legend').innerText").startswith("Expert 5 alone: filled where it is")
+    page.value("spans[9].onpointerenter()")  # pointing changes none of it
+    assert page.value(PAINTED) == [expected.get(place, [-1, 5]) for place in places]
+    assert page.value(
+        "[...$('choices').querySelectorAll('span:first-child')].map((x) => x.textContent)"
+    ) == [f"expert {e}" for e in chosen[9]]
+    page.value("experts[5].click()")
+    assert page.value(PAINTED) == [[row[0], -1] for row in chosen]
+    assert page.value("$('legend').hidden")
+    assert page.value("$('summary').textContent").startswith("The first 60 of 9999 tokens, 2 l")
+    page.value("experts[5].click()")
+    page.value(f"{{{CONTRASTS}}}")
+    found = json.loads(page.value("document.body.textContent"))["found"]
+    assert len(found) > 200 and [each for each in found if each["contrast"] < 4.5] == []
 
 
 ACTIVE = """((a) => [a.id, a.getAttribute('aria-label'),
@@ -653,6 +729,18 @@ def test_share_is_the_weight_where_experts_agree(tmp_path):
         torch.testing.assert_close(step["shares"], step["weights"])
 
 
+def test_a_long_text_is_walked_from_its_last_tokens(run, folder, model):
+    """As many as the context has, 64, and the first line says so."""
+    text = TEXT * 9
+    ids = generate.load_tokenizer(folder).encode(text).ids
+    first, _, rest = run(walkthrough, text, "--model", folder).partition("\n\n")
+    assert first == f"Of {len(ids)} tokens the model reads the last 64: its context has no more."
+    assert f"is number {ids[-1]}, the last of 64." in rest
+    logits = walkthrough.follow(model, ids[-64:])[1]
+    assert f"{logits.softmax(dim=-1).max():6.1%}" in rest
+    assert "context" not in run(walkthrough, TEXT, "--model", folder)
+
+
 def test_walk_is_printed(run, folder):
     printed = run(walkthrough, TEXT, "--model", folder)
     assert printed.count("\nLayer ") == L and printed.count("%  '") == 5
@@ -730,6 +818,14 @@ def test_the_meter_measures_memory():
     assert ladder.count(lambda x: [x + 1 for _ in range(5)] and None, (x,))[2] == 5 * 1024
     assert ladder.count(lambda x: [(x + 1).sum() for _ in range(5)], (x,))[2] <= 1024 + 5
     assert ladder.count(lambda x: x.view(2, 512)[:1].T, (x,))[2] == 0
+
+
+def test_speed_is_that_of_the_best_run(monkeypatch):
+    """A stall in most of a few runs changes nothing: two runs in each of five measurements."""
+    raw = [9.0, 0.5, 7.0, 8.0, 9.0]
+    times = benchmark.Measurement(2, raw, benchmark.TaskSpec("", ""))
+    monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda *_, **__: times)
+    assert ladder.speed(len, (torch.zeros(10, 3),), 3.0) == 10 / 0.25
 
 
 def test_ladder_table(monkeypatch):
