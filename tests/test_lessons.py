@@ -86,10 +86,11 @@ def test_quoted_outputs_are_real(line, shown, run, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     plain, _, pipe = line.partition(" | ")
     _, script, *arguments = shlex.split(plain.replace("/tmp/", f"{tmp_path}/"))
-    if "balance" in script:  # the second log is a training of its own
+    if "--plot" in arguments:
         pytest.importorskip("matplotlib")
-        arguments = [x for x in arguments if not x.startswith("unbalanced=")]
-        shown = shown.splitlines()[0]
+    for model in re.findall(r"/tmp/runs/\S+", line):
+        if not Path(model).exists():
+            pytest.skip(f"needs a training of ten minutes: {model}")
     printed = run(importlib.import_module(f"lessons.{Path(script).stem}"), *arguments)
     lines = printed.replace(f"{tmp_path}/", "/tmp/").rstrip().splitlines()
     lines = lines[: int(pipe.removeprefix("head -"))] if pipe.startswith("head") else lines
@@ -753,26 +754,121 @@ def test_walk_is_printed(run, folder):
 LOG = "tokens,train_loss,held_out_loss,aux_loss,max_share,min_share\n"
 
 
-def test_balance_draws_each_run(run, tmp_path):
+def write_run(folder: Path, loss: float, shares: list[list[float]]) -> Path:
+    folder.mkdir(parents=True)
+    most, least = max(map(max, shares)), min(map(min, shares))
+    (folder / "log.csv").write_text(f"{LOG}100,6.9,5.0,2.3,{most},{least}\n")
+    report = {"tokens_seen": 200, "held_out_loss": loss, "expert_shares": shares}
+    report |= {"parameters": 4e6, "active_parameters": 2e6}
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of two kinds."""
+    shares = {"on": [[0.6, 0.4], [0.55, 0.45]], "dense": [[1.0], [1.0]]}
+    losses = {"on-0": 4.5, "on-1": 4.7, "dense-0": 4.2, "dense-1": 4.3}
+    return [write_run(tmp_path / n, x, shares[n.partition("-")[0]]) for n, x in losses.items()]
+
+
+def test_balance_tells_the_noise_beside_the_means(run, runs):
+    printed = run(balance, *runs)
+    assert "| on | 4.0 M | 2.0 M | 4.500 4.700 | 4.600 | 0.200 |" in printed
+    assert "| dense | 4.0 M | 2.0 M | 4.200 4.300 | 4.250 | 0.100 |" in printed
+    assert "| on-1 | 60% 40% | 55% 45% |" in printed and "dense-0" not in printed
+
+
+def test_balance_draws_each_run(run, runs, tmp_path):
     pytest.importorskip("matplotlib")
-    logs = {"on": (0.3, 0.1), "off": (0.9, 0.0), "dense": (1, 1)}
-    for name, (most, least) in logs.items():
-        rows = f"100,6.9,5.0,2.3,{most},{least}\n200,4.6,4.6,2.1,{most},{least}\n"
-        (tmp_path / name).write_text(LOG + rows)
-    out, pairs = tmp_path / "balance.svg", [f"{name}={tmp_path / name}" for name in logs]
-    printed = run(balance, *pairs, "--out", out)
-    assert "off: after 200 tokens loss 4.600, largest share 90.0%, smallest 0.0%" in printed
-    assert out.read_text(encoding="utf-8").count("clip-path=") == 3 + 2 + 2  # lines of three panels
-    assert "off: after 100 tokens" in run(balance, *pairs, "--out", out, "--tokens", 150)
-    (tmp_path / "on").write_text(LOG + "100,1,2\n")
-    with pytest.raises(ValueError, match="not a training log"):
-        run(balance, *pairs, "--out", out)
+    out = tmp_path / "balance.svg"
+    assert "| on | " in run(balance, *runs, "--plot", out)
+    assert out.read_text(encoding="utf-8").count("clip-path=") == 4 + 2 + 2  # of three panels
 
 
-def test_balance_says_what_it_lacks(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_balance_refuses_what_is_no_run(run, runs):
+    (runs[0] / "log.csv").write_text(f"{LOG}100,1,2\n")
+    with pytest.raises(ValueError, match=r"log\.csv: not a training log"):
+        run(balance, *runs)
+    (runs[1] / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"report\.json: not a training's report"):
+        run(balance, runs[1])
+
+
+def test_balance_prints_without_matplotlib(monkeypatch, run, runs, tmp_path, capsys):
+    """The tables come first; then one line says what drawing needs."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        balance.draw({}, tmp_path / "balance.svg")
+        run(balance, *runs, "--plot", tmp_path / "balance.svg")
+    assert "| on | " in capsys.readouterr().out
+
+
+def test_balance_trains_what_is_not_there(monkeypatch, run, tmp_path):
+    """Six trainings, each like for like; a second call trains those alone that are not done."""
+    lines = []
+
+    def pretend(line: list, check: bool) -> None:
+        lines.append(list(map(str, line[2:])))
+        write_run(Path(line[3]), 4.0, [[0.5, 0.5]])
+
+    monkeypatch.setattr(balance.subprocess, "run", pretend)
+    run(balance, "--train", tmp_path)
+    same = ["--tokens", "4e6", "--prompt-tokens", "0"]
+    assert [line[2:] for line in lines] == [
+        ["--seed", seed, *same, *options]
+        for seed in ("0", "1")
+        for options in ([], ["--aux-coef", "0"], ["--dense"])
+    ]
+    shutil.rmtree(tmp_path / "off-1")
+    lines.clear()
+    run(balance, "--train", tmp_path)
+    assert [line[1] for line in lines] == [str(tmp_path / "off-1")]
+
+
+def test_the_shipped_runs_are_whole():
+    """What the course says of them: as many tokens each, layers even with the loss alone."""
+    runs = {path.name: balance.read_run(path) for path in balance.RUNS.iterdir()}
+    assert sorted(runs) == sorted(f"{kind}-{seed}" for kind in balance.KINDS for seed in "01")
+    assert {run.report["tokens_seen"] for run in runs.values()} == {4e6}
+    for name, each in runs.items():
+        assert each.report["held_out_tokens"] == runs["dense-0"].report["held_out_tokens"]
+        assert len(each.report["expert_shares"]) == 5, name
+        most = max(map(max, each.report["expert_shares"]))
+        assert (most < 0.25) == name.startswith("balanced")
+
+
+# ---------------------------------------------------------------- tiny/train.py
+
+
+def train_command(*arguments: object) -> subprocess.CompletedProcess:
+    line = [sys.executable, ROOT / "tiny" / "train.py", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def test_training_never_writes_over_a_model():
+    """Not over tiny/ either, which is what everything else uses."""
+    before = (ROOT / "tiny" / "model.safetensors").stat().st_mtime_ns
+    done = train_command()
+    assert done.returncode == 2 and "required: --out" in done.stderr
+    done = train_command("--out", ROOT / "tiny")
+    assert done.returncode == 2 and "holds a finished model" in done.stderr
+    assert (ROOT / "tiny" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_training_says_what_it_prints(monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "tiny"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    train = importlib.import_module("train")
+    row = train.line([409600, 6.4772, 4.9482, 3.9769, 0.4998, 0.0042, 0.1], 7229.4, "8 min")
+    head = train.HEAD.splitlines()[-1]
+    assert len(row) == len(head) and row.split()[:3] == ["409,600", "6.477", "4.948"]
+    for word, number in zip(("largest", "left"), ("50.0%", "min"), strict=True):
+        assert row[: head.index(word) + len(word)].endswith(number)
+    train.tell("trying it")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train.tell("trying it")
+    assert capsys.readouterr().err.strip() == "trying it"
 
 
 SMALL = {"E": 6, "K": 2, "D": 16, "F": 8}
