@@ -41,7 +41,8 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = self.waits = self.peak = 0
+        self.products = self.peak = 0
+        self.waits: list[str] = []  # the operators' names
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}  # by address: storage, bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -51,7 +52,7 @@ class Meter(TorchDispatchMode):
         asks = bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
         if name == "index":  # tagged for the sake of boolean masks alone
             asks = any(x is not None and x.dtype == torch.bool for x in args[1])
-        self.waits += asks
+        self.waits += [name] if asks else []
         given, made = (
             {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)}
             for tree in (args, result)
@@ -102,7 +103,7 @@ def count(form: Callable[..., object], inputs: tuple[Tensor, ...]) -> tuple[int,
     """Matrix products, waits, and temporary bytes a token of one call."""
     with torch.no_grad(), ListMeter() as lists, Meter() as meter:
         form(*inputs)
-    return meter.products, meter.waits + lists.calls, meter.peak / len(inputs[0])
+    return meter.products, len(meter.waits) + lists.calls, meter.peak / len(inputs[0])
 
 
 @torch.inference_mode()

@@ -115,7 +115,7 @@ def test_each_step_of_the_course_is_whole():
     steps = re.split(r"^## (?=\d)", COURSE, flags=re.MULTILINE)[1:]
     assert [step.splitlines()[0] for step in steps] == [
         "1. See it", "2. Follow one token", "3. Break it", "4. Build it", "5. Train it",
-        "6. Measure it",
+        "6. Measure it", "7. Make it fast",
     ]  # fmt: skip
     for step in steps:
         assert step.count("**Afterwards you can say**") == 1 <= step.count("**Write down first.**")
