@@ -22,7 +22,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING
 
 import torch
-from common import CONTROL, Parser, command, markdown, new_figure
+from common import CONTROL, Parser, command, markdown, new_figure, progress
 from score import default_window, log_probs, read_ids
 from torch import Tensor, nn
 
@@ -106,25 +106,36 @@ def broken(
     return rerouted(model, [routers[layer]], swapped(a, b))
 
 
-def loss(model: GraniteMoeForCausalLM, ids: list[int]) -> float:
+def loss(
+    model: GraniteMoeForCausalLM,
+    ids: list[int],
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> float:
     """Nats a token, as score.py has it."""
-    return -log_probs(model, ids, *default_window(model.config)).double().mean().item()
+    return -log_probs(model, ids, *default_window(model.config), tell).double().mean().item()
 
 
 def drop_each(model: GraniteMoeForCausalLM, ids: list[int]) -> Tensor:
     """The loss without each expert of each layer, one at a time, (L, E)."""
     E, losses = model.config.num_local_experts, []
-    for layer in model.model.layers:
-        for e in range(E):
-            with rerouted(model, [layer.block_sparse_moe.router], dropped(e)):
-                losses.append(loss(model, ids))
+    routers = [layer.block_sparse_moe.router for layer in model.model.layers]
+    with progress("scored tokens") as tell:
+
+        def tell_all(done: int, of: int) -> None:
+            tell(len(losses) * of + done, len(routers) * E * of)
+
+        for router in routers:
+            for e in range(E):
+                with rerouted(model, [router], dropped(e)):
+                    losses.append(loss(model, ids, tell_all))
     return torch.tensor(losses, dtype=torch.float64).view(-1, E)
 
 
 def print_drops(model: GraniteMoeForCausalLM, args: argparse.Namespace, ids: list[int]) -> None:
     """Print the table of drop_each and, if asked to, draw it. Raises ValueError."""
     figure = new_figure(figsize=(9, 5)) if args.plot else None  # before the work, or not at all
-    before = loss(model, ids)
+    with progress("scored tokens") as tell:
+        before = loss(model, ids, tell)
     rises = drop_each(model, ids) - before
     print(HEAD.format(args.file.name, len(ids) - 1))
     print(f"unchanged  {before:.4f}; without one expert of one layer:\n")
@@ -147,7 +158,8 @@ def compare(
     how = {"temperature": 0.8, "top_p": 0.9, "seed": args.seed, "eos_token_ids": eos}
     for each in (nullcontext(model), broken(model, args)):
         with each as changed:
-            losses.append(loss(changed, ids))
+            with progress("scored tokens") as tell:
+                losses.append(loss(changed, ids, tell))
             new = [row[0] for row in generate(changed, [prompt], NEW_TOKENS, **how)]
         texts.append(CONTROL.sub("\ufffd", tokenizer.decode(prompt + new)))
     print(HEAD.format(args.file.name, len(ids) - 1))

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,28 @@ def watch(modules: Iterable[nn.Module]) -> Iterator[list[tuple]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Within `with`, a function of how many are done, and of how many: it tells a terminal.
+
+    On standard error, on one line that goes at the end. Work of up to a second says nothing,
+    and nothing goes to a file or a pipe.
+    """
+    began, shown = time.monotonic(), ""
+
+    def tell(done: int, of: int) -> None:
+        nonlocal shown
+        if time.monotonic() - began > 1 and sys.stderr is not None and sys.stderr.isatty():
+            shown = f"{what}: {done:,} of {of:,}"
+            print(f"\r{shown}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if shown:
+            print(f"\r{' ' * len(shown)}\r", end="", file=sys.stderr, flush=True)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

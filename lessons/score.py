@@ -13,11 +13,12 @@ end of the text before, as in training.
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from common import command, pieces
+from common import command, pieces, progress
 from torch import Tensor
 
 from generate import TINY, encode, load_model, load_tokenizer
@@ -28,12 +29,19 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def log_probs(model: GraniteMoeForCausalLM, ids: list[int], context: int, stride: int) -> Tensor:
+def log_probs(
+    model: GraniteMoeForCausalLM,
+    ids: list[int],
+    context: int,
+    stride: int,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> Tensor:
     """log p of each of ids but the first, in nats, float32 (len(ids) - 1,).
 
     `stride` tokens are scored at a time, from the `context` tokens before the last of them: each
     sees at least context - stride + 1 tokens, or all where the text has fewer. A large stride is
-    cheap, a small one is fair. Raises ValueError unless 1 <= stride <= context.
+    cheap, a small one is fair. `tell` is called with how many are scored, and of how many. Raises
+    ValueError unless 1 <= stride <= context.
     """
     limit = model.config.max_position_embeddings
     if not 1 <= stride <= context <= limit:
@@ -45,6 +53,7 @@ def log_probs(model: GraniteMoeForCausalLM, ids: list[int], context: int, stride
         window = row[max(0, end - 1 - context) : end - 1]
         logits = model(window[None], logits_to_keep=end - start).logits[0].float()
         scores.append(logits.log_softmax(dim=-1).gather(1, row[start:end, None])[:, 0])
+        tell(end - 1, len(ids) - 1)
     return torch.cat(scores)
 
 
@@ -88,7 +97,9 @@ def main() -> None:
     if args.context is not None:
         context, stride = args.context, max(1, args.context // 2)
     stride = stride if args.stride is None else args.stride
-    scores, size = log_probs(model, ids, context, stride), args.file.stat().st_size
+    with progress("scored tokens") as tell:
+        scores = log_probs(model, ids, context, stride, tell)
+    size = args.file.stat().st_size
     if args.tokens:
         for score, token in zip(scores.tolist(), pieces(tokenizer, ids[1:]), strict=True):
             print(f"{score:9.4f}  {token!r}")

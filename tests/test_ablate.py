@@ -192,6 +192,18 @@ def test_each_expert_dropped_is_a_table_and_a_picture(run, tmp_path):
     assert picture.partition(b"</metadata>")[2] == out.read_bytes().partition(b"</metadata>")[2]
 
 
+def test_progress_of_each_expert(run, monkeypatch):
+    """Over all of them, on standard error: it rises to the end."""
+    printed, said = run("--drop-expert", "all"), []
+    note = contextlib.nullcontext(lambda done, of: said.append((done, of)))
+    monkeypatch.setattr(ablate, "progress", lambda what: note)
+    assert run("--drop-expert", "all") == printed
+    (first, tokens), rest = said[0], said[-1]
+    whole = [done for done, of in said if of == rest[1]]
+    assert first < tokens and rest == (L * E * tokens, L * E * tokens)
+    assert whole == sorted({*whole}) and len(whole) > L * E
+
+
 def test_a_picture_needs_matplotlib(run, monkeypatch, tmp_path):
     """Said before the work: nothing is printed."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -3,6 +3,8 @@
 import dataclasses
 import html
 import importlib
+import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from granitemoe import GraniteMoeConfig
 
 sys.path.insert(0, str(ROOT / "lessons"))
 
+import common  # noqa: E402
 from common import pieces  # noqa: E402
 
 from lessons import balance, ladder, quotes, routing, score, sparsity, walkthrough  # noqa: E402
@@ -154,6 +157,36 @@ def test_commands_of_quotes_run(capsys):
     assert quotes.run("python -c 'print(1)' | cat") == "1\n"
     assert quotes.run("python -c 'raise SystemExit(\"no log\")'") is None
     assert "left as it was: python -c" in capsys.readouterr().out
+
+
+class Screen(io.StringIO):
+    """Standard error as a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_long_work_tells_a_terminal_how_far_it_is(monkeypatch):
+    """After a second, on one line that is gone at the end, also where the work fails."""
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    clock = iter((0, 0.9, 1.1, 2))
+    monkeypatch.setattr("common.time.monotonic", lambda: next(clock))
+    with pytest.raises(ValueError), common.progress("rows") as tell:
+        for done in (1, 2, 3000):
+            tell(done, 3000)
+        raise ValueError
+    shown = "\rrows: 2 of 3,000\rrows: 3,000 of 3,000"
+    assert screen.getvalue() == f"{shown}\r{' ' * 20}\r"
+
+
+def test_short_work_and_files_are_told_nothing(monkeypatch):
+    for stream, step in ((Screen(), 0.1), (io.StringIO(), 9), (None, 9)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr("common.time.monotonic", itertools.count(0, step).__next__)
+        with common.progress("rows") as tell:
+            for done in range(5):
+                tell(done, 5)
+        assert stream is None or not stream.getvalue()
 
 
 # ---------------------------------------------------------------- routing.py
@@ -650,7 +683,7 @@ def test_a_tokenizer_that_begins_texts_itself(folder, model, tmp_path):
     assert score.read_ids(file, tok, model.config) == plain and plain.count(0) == 1
 
 
-def test_score_command(run, folder, model, tmp_path):
+def test_score_command(run, folder, model, monkeypatch, tmp_path):
     text, file = TEXT * 5, tmp_path / "text.py"
     file.write_text(text, encoding="utf-8")
     ids = generate.load_tokenizer(folder).encode(text).ids
@@ -659,6 +692,11 @@ def test_score_command(run, folder, model, tmp_path):
     expected = -scores.sum().item() / math.log(2) / len(text.encode())
     assert printed.startswith(f"{len(ids)} tokens, {len(text.encode())} bytes;")
     assert f"bits/byte {expected:.4f}" in printed
+    monkeypatch.setattr("common.time.monotonic", itertools.count(0, 9).__next__)
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    assert run(score, file, "--model", folder) == printed  # nothing of it on standard output
+    steps = re.findall(rf"\rscored tokens: (\d+) of {len(ids)}", screen.getvalue())
+    assert list(map(int, steps)) == [*range(32, len(ids), 32), len(ids)]
     lines = run(score, file, "--model", folder, "--tokens").splitlines()
     assert [float(line.split()[0]) for line in lines] == pytest.approx(scores.tolist(), abs=6e-5)
     for bad in (("--stride", 0), ("--context", 65), ("--context", 8, "--stride", 9)):
