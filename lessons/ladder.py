@@ -13,13 +13,12 @@ Measured: tokens/s of the layer's experts, the best of all runs in three seconds
 machine does can only make a run slower.
 """
 
-import argparse
 import ast
 import inspect
 from collections.abc import Callable
 
 import torch
-from common import command, markdown, progress
+from common import Parser, command, integer, markdown, progress
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -141,12 +140,11 @@ def table(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the three forms of the experts.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512], metavar="N")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser = Parser(description="Compare the three forms of the experts.")
+    add = parser.add_argument
+    add("--tokens", type=integer(1), nargs="+", default=[1, 32, 512], metavar="N")
+    add("--dtype", choices=DTYPES, default="bfloat16")
     args = parser.parse_args()
-    if min(args.tokens) < 1:
-        raise ValueError(f"--tokens: must be at least 1, got {min(args.tokens)}")
     with progress("forms measured") as tell:
         made = table(SIZES, args.tokens, DTYPES[args.dtype], 3.0, tell)
     print(made)

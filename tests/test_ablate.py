@@ -212,30 +212,40 @@ def test_a_picture_needs_matplotlib(run, monkeypatch, tmp_path):
         run("--drop-expert", "all", "--plot", tmp_path / "drop.svg")
 
 
+NUMBER = r"--scalar residual_multiplier: must be a number from 1e-18 to 1e\+18, "
+
+
 @pytest.mark.parametrize(
     "arguments, error",
     [
-        ("--top-k 0", "num_experts_per_tok: must be an integer from 1"),
-        ("--top-k -1", "num_experts_per_tok: must be an integer from 1"),
-        ("--top-k 6", "num_experts_per_tok: 6 is more than num_local_experts 5"),
+        ("--top-k 6", "--top-k: must be at most 5, the experts, got 6"),
         ("--drop-expert 2:0", "numbers up to 1:4, got '2:0'"),
         ("--drop-expert 0:5", "numbers up to 1:4, got '0:5'"),
         ("--drop-expert 0", "numbers up to 1:4, got '0'"),
         ("--drop-expert=-1:0", "numbers up to 1:4, got '-1:0'"),
         ("--drop-expert=", "numbers up to 1:4, got ''"),
+        ("--drop-expert nan", "--drop-expert: must be L:E, numbers up to 1:4, got 'nan'"),
+        ("--swap-experts 0", "--swap-experts: must be L:A:B, numbers up to 1:4:4, got '0'"),
         ("--drop-expert All", "numbers up to 1:4, got 'All'"),
         ("--drop-expert 0:1:2", "numbers up to 1:4, got '0:1:2'"),
         ("--swap-experts 0:1", "numbers up to 1:4:4, got '0:1'"),
         ("--swap-experts 0:1:5", "numbers up to 1:4:4, got '0:1:5'"),
         ("--scalar width=1", "must be one of embedding_multiplier, .*, got 'width'"),
-        ("--scalar residual_multiplier", "could not convert string to float: ''"),
-        ("--scalar residual_multiplier=x", "could not convert string to float: 'x'"),
-        ("--scalar residual_multiplier=nan", "residual_multiplier: must be a number from"),
-        ("--scalar residual_multiplier=0", "residual_multiplier: must be a number from"),
-        ("--top-k 1 --prompt=", "prompts.0.: must be a list of ids, not empty"),
+        ("--scalar residual_multiplier", NUMBER + "got ''"),
+        ("--scalar residual_multiplier=x", NUMBER + "got 'x'"),
+        ("--scalar residual_multiplier=nan", NUMBER + "got 'nan'"),
+        ("--scalar residual_multiplier=-1", NUMBER + "got '-1'"),
+        ("--scalar residual_multiplier=1e999", NUMBER + "got '1e999'"),
+        ("--top-k 1 --prompt=", "--prompt: must have from 1 to 64 tokens, has 0"),
+        (f"--top-k 1 --prompt {'0' * 70}", "--prompt: must have from 1 to 64 tokens, has 70"),
+        ("--top-k 1 --file EMPTY", "EMPTY': must have a token to score, has none"),
+        ("--top-k 1 --file BINARY", "BINARY': must be UTF-8 text, but its byte 1 is 0xff"),
     ],
 )
-def test_bad_changes_are_refused(arguments, error, run, capsys):
+def test_bad_changes_are_refused(arguments, error, run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").write_bytes(b"")
+    (tmp_path / "BINARY").write_bytes(b"a\xff")
     with pytest.raises(ValueError, match=error) as caught:
         run(*arguments.split())
     assert "\n" not in str(caught.value) and not capsys.readouterr().out
@@ -245,7 +255,17 @@ def test_bad_changes_are_refused(arguments, error, run, capsys):
     "arguments, error",
     [
         ("", "one of the arguments --top-k .* is required"),
-        ("--top-k x", "argument --top-k: invalid int value: 'x'"),
+        ("--top-k x", "argument --top-k: must be an integer from 1 to 2147483648, got 'x'"),
+        ("--top-k=", "argument --top-k: must be an integer from 1 to 2147483648, got ''"),
+        ("--top-k 0", "argument --top-k: must be an integer from 1 to 2147483648, got '0'"),
+        ("--top-k -1", "argument --top-k: must be an integer from 1 to 2147483648, got '-1'"),
+        ("--top-k 1 --seed -1", "argument --seed: must be an integer from 0 to 9.*, got '-1'"),
+        ("--top-k 1 --seed 1.5", "argument --seed: must be an integer from 0 to 9.*, got '1.5'"),
+        ("--top-k 1 --file=", "argument --file: must be a path, got ''"),
+        ("--top-k 1 --prompt \udcff", r"argument --prompt: must be UTF-8 text, got '\\udcff'"),
+        ("--drop-expert all --plot=", "argument --plot: must be a path, got ''"),
+        ("--drop-expert all --plot /no/x.svg", "argument --plot: must be a file to write, .*'/no"),
+        ("--drop-expert all --plot /", "argument --plot: must be a file to write, .* got '/'"),
         ("--top-k 1 --no-renormalise", "not allowed with argument --top-k"),
         ("--top-k 1 --plot drop.svg", "--plot: needs --drop-expert all"),
     ],
