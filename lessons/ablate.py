@@ -50,7 +50,7 @@ HEAD = "{}: {} tokens, loss in nats a token"
 Change = Callable[[Tensor, Tensor, Tensor], tuple]  # of a router's logits_NE, weights_NK, ids_NK
 
 
-def under(model: GraniteMoeForCausalLM, **changes: float) -> GraniteMoeForCausalLM:
+def under(model: GraniteMoeForCausalLM, **changes: float | str) -> GraniteMoeForCausalLM:
     """The same weights, shared and not copied, under a changed config."""
     with torch.device("meta"):
         other = GraniteMoeForCausalLM(replace(model.config, **changes))
@@ -97,11 +97,15 @@ def places(option: str, text: str, limits: list[int]) -> list[int]:
 
 
 def named_scalar(text: str) -> tuple[str, float]:
-    """The scalar and the number of "NAME=X". Raises ValueError."""
+    """The scalar and the number of "NAME=X". Raises ValueError.
+
+    Zero, which no config.json may have, breaks a model as well as any number does. Only a division
+    by it gives nothing to look at.
+    """
     name, _, number = text.partition("=")
     if name not in SCALARS:
         raise ValueError(f"--scalar: must be one of {', '.join(SCALARS)}, got {name!a:.40}")
-    least, why = 1e-18, ""
+    least, why = (1e-18, ", since it divides the logits") if name == "logits_scaling" else (0, "")
     with suppress(ValueError):
         if least <= float(number) <= 1e18:  # squares of more would not be finite
             return name, float(number)
@@ -121,7 +125,10 @@ def broken(
         return nullcontext(under(model, num_experts_per_tok=args.top_k))
     if args.scalar is not None:
         name, value = named_scalar(args.scalar)
-        return nullcontext(under(model, **{name: value}))
+        changes = {name: value}
+        if changes.get("attention_multiplier") == 0:  # the fast kernels multiply -inf by it: NaN
+            changes["attention_backend"] = "eager"
+        return nullcontext(under(model, **changes))
     if args.no_renormalise:
         return rerouted(model, routers, not_renormalised)
     if args.drop_expert is not None:

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -65,6 +67,25 @@ def test_a_scalar_is_that_of_a_checkpoint(name, model, tmp_path):
     other = edited(tmp_path, **{name: 0.7})
     assert torch.equal(changed_scores(model, scalar=f"{name}=0.7"), scores(other))
     assert not torch.equal(scores(other), scores(model))
+
+
+@pytest.mark.parametrize("name", ablate.SCALARS[:3])
+def test_a_scalar_can_be_zero(name, model):
+    """What no config.json may have: against the same number set in the parts that use it."""
+    other = copy.deepcopy(model)
+    if name == "embedding_multiplier":  # only zeros go in, so that every token is equally likely
+        even = torch.full((len(IDS) - 1,), -math.log(CONFIG["vocab_size"]))
+        torch.testing.assert_close(changed_scores(model, scalar=f"{name}=0"), even)
+    for layer in other.model.layers:
+        if name == "attention_multiplier":  # a query of zeros sees all keys alike
+            layer.self_attn.q_proj.weight.data.zero_()
+        if name == "residual_multiplier":  # nothing of what a layer returns
+            layer.self_attn.o_proj.weight.data.zero_()
+            layer.block_sparse_moe.output_linear.weight.data.zero_()
+    if name == "embedding_multiplier":
+        other.model.embed_tokens.register_forward_hook(lambda _, x, y: torch.zeros_like(y))
+    torch.testing.assert_close(changed_scores(model, scalar=f"{name}=0"), scores(other))
+    assert not torch.allclose(scores(other), scores(model), atol=1e-3)
 
 
 def test_changed_configs_share_the_weights(model):
@@ -212,7 +233,7 @@ def test_a_picture_needs_matplotlib(run, monkeypatch, tmp_path):
         run("--drop-expert", "all", "--plot", tmp_path / "drop.svg")
 
 
-NUMBER = r"--scalar residual_multiplier: must be a number from 1e-18 to 1e\+18, "
+NUMBER = r"--scalar residual_multiplier: must be a number from 0 to 1e\+18, "
 
 
 @pytest.mark.parametrize(
@@ -236,6 +257,7 @@ NUMBER = r"--scalar residual_multiplier: must be a number from 1e-18 to 1e\+18, 
         ("--scalar residual_multiplier=nan", NUMBER + "got 'nan'"),
         ("--scalar residual_multiplier=-1", NUMBER + "got '-1'"),
         ("--scalar residual_multiplier=1e999", NUMBER + "got '1e999'"),
+        ("--scalar logits_scaling=0", "a number from 1e-18 to .*, since it divides .*, got '0'"),
         ("--top-k 1 --prompt=", "--prompt: must have from 1 to 64 tokens, has 0"),
         (f"--top-k 1 --prompt {'0' * 70}", "--prompt: must have from 1 to 64 tokens, has 70"),
         ("--top-k 1 --file EMPTY", "EMPTY': must have a token to score, has none"),
