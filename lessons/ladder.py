@@ -13,13 +13,12 @@ Measured: tokens/s of the layer's experts, the best of all runs in three seconds
 machine does can only make a run slower.
 """
 
-import argparse
 import ast
 import inspect
 from collections.abc import Callable
 
 import torch
-from common import command, markdown
+from common import Parser, command, integer, markdown, progress
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -114,8 +113,15 @@ def speed(form: Callable[..., Tensor], inputs: tuple[Tensor, ...], seconds: floa
     return len(inputs[0]) / min(timer.blocked_autorange(min_run_time=seconds).times)
 
 
-def table(sizes: dict[str, int], tokens: list[int], dtype: torch.dtype, seconds: float) -> str:
-    """The markdown table, a row for each form."""
+def table(
+    sizes: dict[str, int],
+    tokens: list[int],
+    dtype: torch.dtype,
+    seconds: float,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> str:
+    """The markdown table, a row for each form; `tell` is called with how many are done, and of how
+    many."""
     columns = ["form", "lines", "products", "waits", "temporary a token"]
     columns += [f"tokens/s at {N}" for N in tokens]
     rows = []
@@ -130,17 +136,19 @@ def table(sizes: dict[str, int], tokens: list[int], dtype: torch.dtype, seconds:
             for N in tokens
         )
         rows.append([*cells, f"{held / 1e3:,.0f} kB", *speeds])
+        tell(len(rows), len(FORMS))
     return markdown(columns, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the three forms of the experts.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512], metavar="N")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser = Parser(description="Compare the three forms of the experts.")
+    add = parser.add_argument
+    add("--tokens", type=integer(1), nargs="+", default=[1, 32, 512], metavar="N")
+    add("--dtype", choices=DTYPES, default="bfloat16")
     args = parser.parse_args()
-    if min(args.tokens) < 1:
-        raise ValueError(f"--tokens: must be at least 1, got {min(args.tokens)}")
-    print(table(SIZES, args.tokens, DTYPES[args.dtype], 3.0))
+    with progress("forms measured") as tell:
+        made = table(SIZES, args.tokens, DTYPES[args.dtype], 3.0, tell)
+    print(made)
     threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"\nOne layer with {SIZES}, {args.dtype}, {threads}.")
     print("A speed is the best run's in 3 seconds.")
