@@ -1,23 +1,28 @@
 """What the load-balancing loss is for: training with it, without it, and without experts.
 
-    python lessons/balance.py balanced=tiny/log.csv unbalanced=off.csv dense=dense.csv \
-        --out lessons/balance.svg
+    python lessons/balance.py                            the six trainings of runs/, as tables
+    python lessons/balance.py --train /tmp/runs          the same anew: an hour; run again to resume
+    python lessons/balance.py --plot lessons/balance.svg
 
-Draws logs that tiny/train.py wrote (without balancing: --aux-coef 0; without experts: --dense):
-held-out loss, and the largest and the smallest share of a layer's choices that an expert got, which
-would both be 1 / E if the load were even. An expert without tokens learns nothing, so that it gets
-no tokens either: only the auxiliary loss, which rises with load times probability (arXiv
-2101.03961), pulls the router back. Needs matplotlib.
+Three kinds, each with two seeds: balanced (with the auxiliary loss), off (without it), dense (one
+block as large as the experts that a token uses). The same code, learning rates and tokens; kinds of
+one seed read the same windows. A run is a folder with tiny/train.py's log.csv and report.json.
 """
 
 import argparse
 import csv
-import math
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from common import command, new_figure
+from common import command, markdown, new_figure
 
-Log = dict[str, list[float]]
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = Path(__file__).resolve().parent / "runs"
+KINDS = {"balanced": [], "off": ["--aux-coef", "0"], "dense": ["--dense"]}
+SEEDS = ("0", "1")
 PANELS = {
     "held_out_loss": "held-out loss, nats a token",
     "max_share": "share of the busiest expert",
@@ -25,27 +30,85 @@ PANELS = {
 }
 
 
-def read_log(path: Path, limit: float) -> Log:
-    """A log's columns, up to `limit` tokens. Raises ValueError where it is no such log."""
+class Run(NamedTuple):
+    name: str  # its kind and its seed
+    log: dict[str, list[float]]  # columns by name
+    report: dict
+
+    @property
+    def kind(self) -> str:
+        return self.name.rpartition("-")[0] or self.name
+
+
+def read_run(folder: Path) -> Run:
+    """Raises ValueError where the folder is no run."""
+    log, report = folder / "log.csv", folder / "report.json"
     try:
-        with path.open(newline="") as file:
-            rows = [{n: float(row[n]) for n in ("tokens", *PANELS)} for row in csv.DictReader(file)]
+        with log.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        columns = {name: [float(row[name]) for row in rows] for name in ("tokens", *PANELS)}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a training log: {error}") from None
-    rows = [row for row in rows if row["tokens"] <= limit]
+        raise ValueError(f"{log}: not a training log: {error}") from None
+    try:
+        told = json.loads(report.read_text(encoding="utf-8"))
+        told["tokens_seen"], told["held_out_loss"], told["expert_shares"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{report}: not a training's report: {error}") from None
     if not rows:
-        raise ValueError(f"{path}: no rows")
-    return {name: [row[name] for row in rows] for name in rows[0]}
+        raise ValueError(f"{log}: no rows")
+    return Run(folder.resolve().name, columns, told)
 
 
-def draw(logs: dict[str, Log], out: Path) -> None:
+def train(out: Path) -> list[Path]:
+    """The six trainings, one after another; those that are done already are left as they are."""
+    folders = []
+    for seed in SEEDS:
+        for kind, options in KINDS.items():
+            folders.append(folder := out / f"{kind}-{seed}")
+            if (folder / "report.json").exists():
+                continue
+            line = [sys.executable, ROOT / "tiny" / "train.py", "--out", folder, "--seed", seed]
+            print(f"{folder}:", flush=True)
+            subprocess.run([*line, "--tokens", "4e6", "--prompt-tokens", "0", *options], check=True)
+    return folders
+
+
+def loss_table(runs: list[Run]) -> str:
+    """Each kind's losses at the end, and how far its seeds are apart."""
+    rows = []
+    for kind in dict.fromkeys(run.kind for run in runs):
+        some = [run.report for run in runs if run.kind == kind]
+        losses = [report["held_out_loss"] for report in some]
+        sizes = [f"{some[0][name] / 1e6:.1f} M" for name in ("parameters", "active_parameters")]
+        mean, apart = sum(losses) / len(losses), max(losses) - min(losses)
+        shown = " ".join(f"{loss:.3f}" for loss in losses)
+        rows.append([kind, *sizes, shown, f"{mean:.3f}", f"{apart:.3f}"])
+    head = ["kind", "parameters", "used by a token", "loss, by seed", "mean", "between seeds"]
+    return markdown(head, rows)
+
+
+def share_table(runs: list[Run]) -> str:
+    """In each layer, the largest and the smallest share of the choices that an expert got."""
+    rows = []
+    for run in runs:
+        shares = run.report["expert_shares"]
+        if len(shares[0]) > 1:  # one expert has no choice
+            rows.append([run.name, *(f"{max(layer):.0%} {min(layer):.0%}" for layer in shares)])
+    layers = max((len(row) - 1 for row in rows), default=0)
+    return markdown(["run", *(f"layer {i}" for i in range(layers))], rows)
+
+
+def draw(runs: list[Run], out: Path) -> None:
     """A panel for each of PANELS, side by side. Raises ValueError where matplotlib is missing."""
     figure = new_figure(figsize=(10, 3.2))
+    kinds = [*dict.fromkeys(run.kind for run in runs)]
     for axes, (column, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for i, (name, log) in enumerate(logs.items()):
-            if column == "held_out_loss" or min(log["min_share"]) < 1:  # one expert has no choice
-                millions = [tokens / 1e6 for tokens in log["tokens"]]
-                axes.plot(millions, log[column], label=name, color=f"C{i}")
+        for run in runs:
+            if column == "held_out_loss" or min(run.log["min_share"]) < 1:  # one expert: no choice
+                kind = kinds.index(run.kind)
+                millions = [tokens / 1e6 for tokens in run.log["tokens"]]
+                style = "--" if run.name.endswith("-1") else "-"
+                axes.plot(millions, run.log[column], style, label=run.name, color=f"C{kind}")
         axes.set(title=title, xlabel="million tokens")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
@@ -53,18 +116,21 @@ def draw(logs: dict[str, Log], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Plot training logs side by side.")
-    parser.add_argument("logs", nargs="+", metavar="NAME=FILE")
-    parser.add_argument("--tokens", type=float, default=math.inf, help="leave out what comes after")
-    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
+    parser = argparse.ArgumentParser(description="Compare trainings.")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders (default: lessons/runs/*)")
+    parser.add_argument("--train", type=Path, metavar="FOLDER", help="train the six there first")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the logs")
     args = parser.parse_args()
-    pairs = [entry.partition("=") for entry in args.logs]
-    logs = {name: read_log(Path(path), args.tokens) for name, _, path in pairs}
-    draw(logs, args.out)
-    for name, log in logs.items():
-        tokens, loss, most, least = (values[-1] for values in log.values())
-        shares = f"largest share {most:.1%}, smallest {least:.1%}"
-        print(f"{name}: after {tokens:.0f} tokens loss {loss:.3f}, {shares}")
+    folders = train(args.train) if args.train else args.runs
+    if not folders:
+        folders = [RUNS / f"{kind}-{seed}" for kind in KINDS for seed in SEEDS]
+    runs = [read_run(folder) for folder in folders]
+    tokens = " or ".join({f"{run.report['tokens_seen']:,.0f}" for run in runs})
+    print(f"Loss after {tokens} tokens, nats a token of held-out files\n\n{loss_table(runs)}")
+    even = "Largest and smallest share of a layer's choices that an expert got"
+    print(f"\n{even}\n\n{share_table(runs)}")
+    if args.plot:
+        draw(runs, args.plot)
 
 
 if __name__ == "__main__":

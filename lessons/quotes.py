@@ -3,10 +3,10 @@
     python lessons/quotes.py
 
 Runs each command of a console block that has output below it, or a table after the block, and puts
-the new output in its place. It also makes the pictures, the tables between <!-- marks --> and the
-lines that links to granitemoe.py name; then course.ipynb, from the course's page. Left as they are:
-what measures speed, quotes that differ in times only, and commands that fail, each with a note:
-balance.py needs the log of a second training.
+the new output in its place. It also makes the pictures, three.html, the tables between
+<!-- marks --> and the lines that links to granitemoe.py name; then course.ipynb, from the course's
+page. Left as they are: what measures speed, quotes that differ in times only, and commands that
+fail, each with a note: balance.py needs the log of a second training.
 """
 
 import json
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import notebook
+import three
 from common import command, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,8 @@ def main() -> None:
             made = notebook.make(page, MEASURED)
             path.with_name("course.ipynb").write_text(made, encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: {'as before' if page == old else 'made anew'}")
+    three.OUT.write_text(three.page(), encoding="utf-8")
+    print(f"{three.OUT.name}: made anew")
 
 
 if __name__ == "__main__":

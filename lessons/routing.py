@@ -17,7 +17,7 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from common import Parser, command, pieces, watch
@@ -26,7 +26,10 @@ from torch import Tensor
 from generate import TINY, encode, generate, load_model, load_tokenizer
 from granitemoe import GraniteMoeForCausalLM
 
-TEMPLATE = Path(__file__).with_name("routing.html")
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TEMPLATE = Path(__file__).with_name("routing.template")  # no .html: it is no page yet
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 BARS = " ▁▂▃▄▅▆▇█"
 LONGEST = 4000  # tokens of a file; a page holds them all
@@ -44,6 +47,14 @@ class Routing(NamedTuple):
     counts: Tensor  # (L, E), assignments
     peak: Tensor  # (L,)
     entropy: Tensor  # (L,)
+
+
+class Read(NamedTuple):
+    """What the routers are watched at."""
+
+    ids: list[int]
+    prompt: int  # how many of them were given
+    length: str  # in words: of a long file, the first tokens only
 
 
 def balance(counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +149,8 @@ def show_load(routing: Routing, same: list[float] | None = None) -> list[str]:
 
 
 def page(title: str, tokens: list[str], prompt: int, routing: Routing, start: dict) -> str:
-    """One HTML page, which builds itself from data; start: the layer shown, and the window.
+    """One HTML page, which builds itself from data; start: the layer shown, the window, and the
+    length in words.
 
     Whatever a token holds is text there: it enters the page inside a JSON string without a <, and
     is only ever set as text. Of choices and weights (in hundredths), N * K a layer, each is one
@@ -167,31 +179,39 @@ def read_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read(args: argparse.Namespace, model: GraniteMoeForCausalLM, tokenizer: "Tokenizer") -> Read:
+    """The file's first tokens, or TEXT's and what the model writes after them."""
+    c = model.config
+    if args.file:
+        whole = encode(tokenizer, args.file.read_bytes().decode(), c.vocab_size)
+        if not whole:
+            raise ValueError(f"{args.file}: has no token")
+        ids, cut = whole[:LONGEST], f"the first {LONGEST} of " if len(whole) > LONGEST else ""
+        return Read(ids, len(ids), f"{cut}{len(whole)} tokens")
+    prompt = encode(tokenizer, args.text, c.vocab_size)
+    made = generate(model, [prompt], args.max_new_tokens, eos_token_ids=c.eos_token_id)
+    ids = prompt + [row[0] for row in made]
+    return Read(ids, len(prompt), f"{len(ids)} tokens")
+
+
 def main() -> None:
     args = read_args()
     exact = "float32" if args.model == TINY else None  # so that all machines print the same
     model, tokenizer = load_model(args.model, dtype=exact), load_tokenizer(args.model)
-    c, name, size = model.config, Path(args.model).name, model.config.vocab_size
+    c, name = model.config, Path(args.model).name
     if not 0 <= args.layer < c.num_hidden_layers:
         raise ValueError(f"--layer: must be below {c.num_hidden_layers}, got {args.layer}")
-    if args.file:
-        text, made = args.file.read_bytes().decode(), []
-        prompt, name = encode(tokenizer, text, size)[:LONGEST], f"{name}, {args.file.name}"
-    else:
-        prompt = encode(tokenizer, args.text, size)
-        made = list(generate(model, [prompt], args.max_new_tokens, eos_token_ids=c.eos_token_id))
-    ids = prompt + [row[0] for row in made]
-    if not ids:
-        raise ValueError(f"{args.file}: has no token")
+    ids, prompt, length = read(args, model, tokenizer)
+    name += f", {args.file.name}" if args.file else ""
     routing, tokens = record(model, ids), pieces(tokenizer, ids)
     if args.html:
-        start = {"layer": args.layer, "window": c.max_position_embeddings}
-        made = page(name, tokens, len(prompt), routing, start)
+        start = {"layer": args.layer, "window": c.max_position_embeddings, "length": length}
+        made = page(name, tokens, prompt, routing, start)
         args.html.write_text(made, encoding="utf-8")
-        return print(f"{args.html}: {len(ids)} tokens, {c.num_hidden_layers} layers")
+        return print(f"{args.html}: {length}, {c.num_hidden_layers} layers")
     if args.file:
-        print(f"{name}: {len(ids)} tokens. same: of the tokens that come more than once, how many")
-        print("have the first expert that the same token has most often\n")
+        print(f"{name}: {length}. same: of the tokens that come more")
+        print("than once, how many have the first expert that the same token has most often\n")
         return print(*show_load(routing, usual(routing.expert_ids, ids)), sep="\n")
     E, K, codes = c.num_local_experts, c.num_experts_per_tok, None
     if sys.stdout.isatty():
@@ -201,7 +221,7 @@ def main() -> None:
         f"{name}, layer {args.layer}: each token's {K} experts with their weights, then the text in"
     )
     print("which each shows its first expert (generated after ▸), and the load of each layer\n")
-    print(*show(tokens, len(prompt), routing, args.layer, codes), sep="\n")
+    print(*show(tokens, prompt, routing, args.layer, codes), sep="\n")
 
 
 if __name__ == "__main__":

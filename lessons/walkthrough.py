@@ -3,7 +3,8 @@
     python lessons/walkthrough.py "def __init__(self"
 
 For someone who knows attention and wants to see what replaces the feed-forward block. The token is
-the prompt's last one; what is printed is read off by hooks on the model's own modules.
+the text's last one; of a long text the model reads the last tokens that fit into its context. What
+is printed is read off by hooks on the model's own modules.
 """
 
 import argparse
@@ -104,6 +105,9 @@ def main() -> None:
     ids = encode(tokenizer, args.text, model.config.vocab_size)
     if not ids:
         raise ValueError("TEXT: has no token")
+    whole, ids = len(ids), ids[-model.config.max_position_embeddings :]
+    if len(ids) < whole:
+        print(f"Of {whole} tokens the model reads the last {len(ids)}: its context has no more.\n")
     steps, logits = follow(model, ids)
     print(*describe(model, ids, steps, pieces(tokenizer, ids)), sep="\n")
     top = logits.softmax(dim=-1).topk(5)

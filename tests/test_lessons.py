@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import CONFIG, ROOT, checkpoint, representing, thorough, write_files
 from safetensors.torch import load, save
+from torch.utils import benchmark
 
 import generate
 import granitemoe
@@ -85,10 +86,11 @@ def test_quoted_outputs_are_real(line, shown, run, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     plain, _, pipe = line.partition(" | ")
     _, script, *arguments = shlex.split(plain.replace("/tmp/", f"{tmp_path}/"))
-    if "balance" in script:  # the second log is a training of its own
+    if "--plot" in arguments:
         pytest.importorskip("matplotlib")
-        arguments = [x for x in arguments if not x.startswith("unbalanced=")]
-        shown = shown.splitlines()[0]
+    for model in re.findall(r"/tmp/runs/\S+", line):
+        if not Path(model).exists():
+            pytest.skip(f"needs a training of ten minutes: {model}")
     printed = run(importlib.import_module(f"lessons.{Path(script).stem}"), *arguments)
     lines = printed.replace(f"{tmp_path}/", "/tmp/").rstrip().splitlines()
     lines = lines[: int(pipe.removeprefix("head -"))] if pipe.startswith("head") else lines
@@ -140,7 +142,9 @@ def test_quotes_are_made_anew(monkeypatch, tmp_path, capsys):
     root = tmp_path.parent
     monkeypatch.setattr(quotes, "renew", lambda text: text.replace("#L1", "#L2"))
     monkeypatch.setattr(quotes, "ROOT", root)
+    monkeypatch.setattr(quotes.three, "OUT", tmp_path / "three.html")
     quotes.main()
+    assert (tmp_path / "three.html").read_text(encoding="utf-8") == quotes.three.page()
     after = before.replace("old\n\nold\n", "new\n").replace("#L1", "#L2")
     assert page.read_text() == after.replace("| old |\n| --- |\n", made["python table.py"])
     assert "made anew" in capsys.readouterr().out
@@ -197,7 +201,7 @@ def test_same_first_expert_by_hand():
     assert math.isnan(routing.usual(expert_ids[:, :1], [7])[0])
 
 
-def test_routing_of_a_file(run, folder, model, tmp_path):
+def test_routing_of_a_file(run, folder, model, monkeypatch, tmp_path):
     text, out = TEXT * 9, tmp_path / "page.html"
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     ids = generate.load_tokenizer(folder).encode(text).ids
@@ -209,6 +213,10 @@ def test_routing_of_a_file(run, folder, model, tmp_path):
     assert re.findall(r"(\d+%)$", printed, re.MULTILINE) == shares
     assert f"{len(ids)} tokens, {L} layers" in run(routing, *how, "--html", out)
     assert len(json.loads(re.search(r'id="data">(.*?)<', out.read_text())[1])["tokens"]) == len(ids)
+    monkeypatch.setattr(routing, "LONGEST", 20)
+    assert f"text.txt: the first 20 of {len(ids)} tokens. same" in run(routing, *how)
+    assert f"{out}: the first 20 of {len(ids)} tokens, {L} l" in run(routing, *how, "--html", out)
+    assert f'"length":"the first 20 of {len(ids)} tokens"' in out.read_text()
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(ValueError, match="no token"):
         run(routing, *how)
@@ -251,7 +259,7 @@ def test_a_token_cannot_steer_the_terminal(folder):
     assert pieces(tokenizer, [0, 299]) == ["<|end_of_text|>", "\ufffd"]
 
 
-# ---------------------------------------------------------------- routing.html
+# ---------------------------------------------------------------- routing.template
 
 
 HOSTILE = [
@@ -265,7 +273,7 @@ QUIET = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--hide-scrollbars", "--window-size=1200,800",
 ]  # fmt: skip
-CONTRASTS = """
+CONTRASTS = r"""
 const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 const style = getComputedStyle;
 function seen(colours) {  // what layers of colour, the lowest first, make of a pixel: its luminance
@@ -278,8 +286,13 @@ const found = [...document.querySelectorAll("main *")].filter((node) =>
   [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())).map((node) => {
   const grounds = [];
   for (let at = node; at; at = at.parentElement) grounds.unshift(style(at).backgroundColor);
-  const below = seen(grounds), above = seen([...grounds, style(node).color]);
-  return { text: node.textContent, contrast: Math.max(below, above) / Math.min(below, above) };
+  const contrast = (...more) => {
+    const all = [...grounds, ...more];
+    const below = seen(all), above = seen([...all, style(node).color]);
+    return Math.max(below, above) / Math.min(below, above);
+  };
+  const half = node.classList.contains("later") ? [style(node).boxShadow.match(/.*\)/)[0]] : [];
+  return { text: node.textContent, contrast: Math.min(contrast(), contrast(...half)) };
 });
 const page = seen([style(document.body).backgroundColor]);
 document.body.textContent = JSON.stringify({ page, found });
@@ -295,7 +308,8 @@ def random_routing(N: int, layers: int, experts: int, k: int) -> routing.Routing
 
 def make_page(tokens: list[str], experts: int = 7, layers: int = 2, k: int = 3) -> str:
     found = random_routing(len(tokens), layers, experts, k)
-    return routing.page(tokens[0], tokens, 4, found, {"layer": 1, "window": 12})
+    start = {"layer": 1, "window": 12, "length": f"the first {len(tokens)} of 9999 tokens"}
+    return routing.page(tokens[0], tokens, 4, found, start)
 
 
 def browse(folder: Path, page: str, *flags: str) -> str:
@@ -313,6 +327,12 @@ def test_page_escapes_what_tokens_hold():
     raw = make_page(HOSTILE).removeprefix(head).removesuffix(tail)
     assert "<" not in raw and json.loads(raw)["tokens"] == HOSTILE
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval", template)
+
+
+def test_no_file_looks_like_a_page_that_is_none():
+    """Opened in a browser, a template shows empty boxes: only what routing.py writes is a page."""
+    assert not [*(ROOT / "lessons").glob("*.htm*")]
+    assert "{{data}}" not in make_page(["a", "b", "c", "d", "e"])
 
 
 def test_page_needs_no_network():
@@ -446,6 +466,65 @@ def test_page_fits(width, experts, tab):
         "[...document.querySelectorAll('main *')].every((node) => node.closest('.scroll')"
         " || node.getBoundingClientRect().right <= innerWidth)"
     )
+
+
+@in_browser
+@pytest.mark.parametrize("width", (400, 1400))
+@pytest.mark.parametrize("experts", (8, 40))
+def test_the_balance_of_each_layer_is_in_sight(width, experts, tab):
+    """However many experts: the two columns are within the box that scrolls. Eight fit as well."""
+    page = tab(make_page([f"token{n}" for n in range(300)], experts), width)
+    heads = "[...$('load').tHead.rows[0].cells]"
+    ends = dict(page.value(heads + ".map((c) => [c.textContent, c.getBoundingClientRect().right])"))
+    edge = page.value(BOX + ".getBoundingClientRect().right")
+    assert max(ends["max/mean"], ends["entropy"]) <= edge <= width
+    if experts == 8:
+        assert page.value(f"{BOX}.scrollWidth <= {BOX}.clientWidth")
+    peak, entropy = page.value(
+        "[...$('load').tBodies[0].rows[1].cells].slice(1, 3).map((c) => c.textContent)"
+    )
+    assert page.value("$('figures').textContent").startswith(
+        f"max/mean load {peak}, entropy {entropy}"
+    )
+
+
+BOX = "$('load').closest('.scroll')"
+PAINTED = """((chips) => spans.map((span) => {
+  const { backgroundColor: ground, boxShadow: half } = getComputedStyle(span);
+  const of = (colour) => chips.findIndex((chip) => colour.startsWith(chip));
+  return [of(ground), of(half)];
+}))(experts.map((chip) => getComputedStyle(chip).backgroundColor))"""
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ("light", "dark"))
+@pytest.mark.parametrize("width", (400, 1400))
+def test_one_expert_alone_has_one_colour(width, scheme, tab):
+    """Its own, all of a token where it is the first choice and half where it is a later one; the
+    others have none. Guards against the first choice's colour on a token of another expert."""
+    chosen = random_routing(60, 2, 8, 3).expert_ids[1].tolist()
+    page = tab(make_page([f"t{n}" for n in range(60)], 8), width)
+    page("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    assert page.value(PAINTED) == [[row[0], -1] for row in chosen]
+    page.value("experts[5].click()")
+    places = [row.index(5) if 5 in row else None for row in chosen]
+    expected = {0: [5, -1], None: [-1, -1]}
+    assert {0, 1, 2, None} <= {*places}
+    assert page.value(PAINTED) == [expected.get(place, [-1, 5]) for place in places]
+    assert page.value("$('legend').innerText").startswith("Expert 5 alone: filled where it is")
+    page.value("spans[9].onpointerenter()")  # pointing changes none of it
+    assert page.value(PAINTED) == [expected.get(place, [-1, 5]) for place in places]
+    assert page.value(
+        "[...$('choices').querySelectorAll('span:first-child')].map((x) => x.textContent)"
+    ) == [f"expert {e}" for e in chosen[9]]
+    page.value("experts[5].click()")
+    assert page.value(PAINTED) == [[row[0], -1] for row in chosen]
+    assert page.value("$('legend').hidden")
+    assert page.value("$('summary').textContent").startswith("The first 60 of 9999 tokens, 2 l")
+    page.value("experts[5].click()")
+    page.value(f"{{{CONTRASTS}}}")
+    found = json.loads(page.value("document.body.textContent"))["found"]
+    assert len(found) > 200 and [each for each in found if each["contrast"] < 4.5] == []
 
 
 ACTIVE = """((a) => [a.id, a.getAttribute('aria-label'),
@@ -651,6 +730,18 @@ def test_share_is_the_weight_where_experts_agree(tmp_path):
         torch.testing.assert_close(step["shares"], step["weights"])
 
 
+def test_a_long_text_is_walked_from_its_last_tokens(run, folder, model):
+    """As many as the context has, 64, and the first line says so."""
+    text = TEXT * 9
+    ids = generate.load_tokenizer(folder).encode(text).ids
+    first, _, rest = run(walkthrough, text, "--model", folder).partition("\n\n")
+    assert first == f"Of {len(ids)} tokens the model reads the last 64: its context has no more."
+    assert f"is number {ids[-1]}, the last of 64." in rest
+    logits = walkthrough.follow(model, ids[-64:])[1]
+    assert f"{logits.softmax(dim=-1).max():6.1%}" in rest
+    assert "context" not in run(walkthrough, TEXT, "--model", folder)
+
+
 def test_walk_is_printed(run, folder):
     printed = run(walkthrough, TEXT, "--model", folder)
     assert printed.count("\nLayer ") == L and printed.count("%  '") == 5
@@ -663,26 +754,121 @@ def test_walk_is_printed(run, folder):
 LOG = "tokens,train_loss,held_out_loss,aux_loss,max_share,min_share\n"
 
 
-def test_balance_draws_each_run(run, tmp_path):
+def write_run(folder: Path, loss: float, shares: list[list[float]]) -> Path:
+    folder.mkdir(parents=True)
+    most, least = max(map(max, shares)), min(map(min, shares))
+    (folder / "log.csv").write_text(f"{LOG}100,6.9,5.0,2.3,{most},{least}\n")
+    report = {"tokens_seen": 200, "held_out_loss": loss, "expert_shares": shares}
+    report |= {"parameters": 4e6, "active_parameters": 2e6}
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of two kinds."""
+    shares = {"on": [[0.6, 0.4], [0.55, 0.45]], "dense": [[1.0], [1.0]]}
+    losses = {"on-0": 4.5, "on-1": 4.7, "dense-0": 4.2, "dense-1": 4.3}
+    return [write_run(tmp_path / n, x, shares[n.partition("-")[0]]) for n, x in losses.items()]
+
+
+def test_balance_tells_the_noise_beside_the_means(run, runs):
+    printed = run(balance, *runs)
+    assert "| on | 4.0 M | 2.0 M | 4.500 4.700 | 4.600 | 0.200 |" in printed
+    assert "| dense | 4.0 M | 2.0 M | 4.200 4.300 | 4.250 | 0.100 |" in printed
+    assert "| on-1 | 60% 40% | 55% 45% |" in printed and "dense-0" not in printed
+
+
+def test_balance_draws_each_run(run, runs, tmp_path):
     pytest.importorskip("matplotlib")
-    logs = {"on": (0.3, 0.1), "off": (0.9, 0.0), "dense": (1, 1)}
-    for name, (most, least) in logs.items():
-        rows = f"100,6.9,5.0,2.3,{most},{least}\n200,4.6,4.6,2.1,{most},{least}\n"
-        (tmp_path / name).write_text(LOG + rows)
-    out, pairs = tmp_path / "balance.svg", [f"{name}={tmp_path / name}" for name in logs]
-    printed = run(balance, *pairs, "--out", out)
-    assert "off: after 200 tokens loss 4.600, largest share 90.0%, smallest 0.0%" in printed
-    assert out.read_text(encoding="utf-8").count("clip-path=") == 3 + 2 + 2  # lines of three panels
-    assert "off: after 100 tokens" in run(balance, *pairs, "--out", out, "--tokens", 150)
-    (tmp_path / "on").write_text(LOG + "100,1,2\n")
-    with pytest.raises(ValueError, match="not a training log"):
-        run(balance, *pairs, "--out", out)
+    out = tmp_path / "balance.svg"
+    assert "| on | " in run(balance, *runs, "--plot", out)
+    assert out.read_text(encoding="utf-8").count("clip-path=") == 4 + 2 + 2  # of three panels
 
 
-def test_balance_says_what_it_lacks(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_balance_refuses_what_is_no_run(run, runs):
+    (runs[0] / "log.csv").write_text(f"{LOG}100,1,2\n")
+    with pytest.raises(ValueError, match=r"log\.csv: not a training log"):
+        run(balance, *runs)
+    (runs[1] / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"report\.json: not a training's report"):
+        run(balance, runs[1])
+
+
+def test_balance_prints_without_matplotlib(monkeypatch, run, runs, tmp_path, capsys):
+    """The tables come first; then one line says what drawing needs."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        balance.draw({}, tmp_path / "balance.svg")
+        run(balance, *runs, "--plot", tmp_path / "balance.svg")
+    assert "| on | " in capsys.readouterr().out
+
+
+def test_balance_trains_what_is_not_there(monkeypatch, run, tmp_path):
+    """Six trainings, each like for like; a second call trains those alone that are not done."""
+    lines = []
+
+    def pretend(line: list, check: bool) -> None:
+        lines.append(list(map(str, line[2:])))
+        write_run(Path(line[3]), 4.0, [[0.5, 0.5]])
+
+    monkeypatch.setattr(balance.subprocess, "run", pretend)
+    run(balance, "--train", tmp_path)
+    same = ["--tokens", "4e6", "--prompt-tokens", "0"]
+    assert [line[2:] for line in lines] == [
+        ["--seed", seed, *same, *options]
+        for seed in ("0", "1")
+        for options in ([], ["--aux-coef", "0"], ["--dense"])
+    ]
+    shutil.rmtree(tmp_path / "off-1")
+    lines.clear()
+    run(balance, "--train", tmp_path)
+    assert [line[1] for line in lines] == [str(tmp_path / "off-1")]
+
+
+def test_the_shipped_runs_are_whole():
+    """What the course says of them: as many tokens each, layers even with the loss alone."""
+    runs = {path.name: balance.read_run(path) for path in balance.RUNS.iterdir()}
+    assert sorted(runs) == sorted(f"{kind}-{seed}" for kind in balance.KINDS for seed in "01")
+    assert {run.report["tokens_seen"] for run in runs.values()} == {4e6}
+    for name, each in runs.items():
+        assert each.report["held_out_tokens"] == runs["dense-0"].report["held_out_tokens"]
+        assert len(each.report["expert_shares"]) == 5, name
+        most = max(map(max, each.report["expert_shares"]))
+        assert (most < 0.25) == name.startswith("balanced")
+
+
+# ---------------------------------------------------------------- tiny/train.py
+
+
+def train_command(*arguments: object) -> subprocess.CompletedProcess:
+    line = [sys.executable, ROOT / "tiny" / "train.py", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def test_training_never_writes_over_a_model():
+    """Not over tiny/ either, which is what everything else uses."""
+    before = (ROOT / "tiny" / "model.safetensors").stat().st_mtime_ns
+    done = train_command()
+    assert done.returncode == 2 and "required: --out" in done.stderr
+    done = train_command("--out", ROOT / "tiny")
+    assert done.returncode == 2 and "holds a finished model" in done.stderr
+    assert (ROOT / "tiny" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_training_says_what_it_prints(monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "tiny"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    train = importlib.import_module("train")
+    row = train.line([409600, 6.4772, 4.9482, 3.9769, 0.4998, 0.0042, 0.1], 7229.4, "8 min")
+    head = train.HEAD.splitlines()[-1]
+    assert len(row) == len(head) and row.split()[:3] == ["409,600", "6.477", "4.948"]
+    for word, number in zip(("largest", "left"), ("50.0%", "min"), strict=True):
+        assert row[: head.index(word) + len(word)].endswith(number)
+    train.tell("trying it")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train.tell("trying it")
+    assert capsys.readouterr().err.strip() == "trying it"
 
 
 SMALL = {"E": 6, "K": 2, "D": 16, "F": 8}
@@ -728,6 +914,14 @@ def test_the_meter_measures_memory():
     assert ladder.count(lambda x: [x + 1 for _ in range(5)] and None, (x,))[2] == 5 * 1024
     assert ladder.count(lambda x: [(x + 1).sum() for _ in range(5)], (x,))[2] <= 1024 + 5
     assert ladder.count(lambda x: x.view(2, 512)[:1].T, (x,))[2] == 0
+
+
+def test_speed_is_that_of_the_best_run(monkeypatch):
+    """A stall in most of a few runs changes nothing: two runs in each of five measurements."""
+    raw = [9.0, 0.5, 7.0, 8.0, 9.0]
+    times = benchmark.Measurement(2, raw, benchmark.TaskSpec("", ""))
+    monkeypatch.setattr(benchmark.Timer, "blocked_autorange", lambda *_, **__: times)
+    assert ladder.speed(len, (torch.zeros(10, 3),), 3.0) == 10 / 0.25
 
 
 def test_ladder_table(monkeypatch):

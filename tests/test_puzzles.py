@@ -56,13 +56,15 @@ OWN = {  # bodies that call granitemoe.py
 }
 RIGHT = {  # from the docstrings alone
     "rms_norm": """
-        root = (x.square().mean(-1, keepdim=True) + eps).sqrt()
-        return x / root * weight""",
+        wide = x.float()
+        root = (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+        return (wide / root).to(x.dtype) * weight""",
     "rotary": """
         C = x.shape[-1]
         a = positions[:, None] * theta ** (-2 * torch.arange(C // 2) / C)
         u, v = x[..., : C // 2], x[..., C // 2 :]
-        return torch.cat([u * a.cos() - v * a.sin(), v * a.cos() + u * a.sin()], -1)""",
+        y = torch.cat([u * a.cos() - v * a.sin(), v * a.cos() + u * a.sin()], -1)
+        return y.to(x.dtype)""",
     "attention": """
         H, T, G, S = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
         heads = torch.arange(H) // (H // G)
@@ -77,12 +79,12 @@ RIGHT = {  # from the docstrings alone
         g, u = x_ND @ gate_up_PD[:half].T, x_ND @ gate_up_PD[half:].T
         return F.silu(g) * u @ down_DF.T""",
     "experts_loop": """
-        y = torch.zeros_like(x_ND)
+        y = torch.zeros(x_ND.shape)
         for e in range(len(down_EDF)):
             token, choice = torch.where(expert_ids_NK == e)
             rows = expert(x_ND[token], gate_up_EPD[e], down_EDF[e])
             y[token] = y[token] + weights_NK[token, choice][:, None] * rows
-        return y""",
+        return y.to(x_ND.dtype)""",
     "experts_batched": """
         g, u = torch.einsum("nkpd,nd->nkp", gate_up_EPD[expert_ids_NK], x_ND).chunk(2, -1)
         rows = torch.einsum("nkdf,nkf->nkd", down_EDF[expert_ids_NK], F.silu(g) * u)
