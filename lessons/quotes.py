@@ -4,9 +4,9 @@
 
 Runs each command of a console block that has output below it, or a table after the block, and puts
 the new output in its place. It also makes the pictures, three.html, the tables between
-<!-- marks --> and the lines that links to granitemoe.py name. Left as they are: what measures
-speed, quotes that differ in times only, and commands that fail, each with a note: balance.py needs
-the log of a second training.
+<!-- marks --> and the lines that links to granitemoe.py name; then course.ipynb, from the course's
+page. Left as they are: what measures speed, quotes that differ in times only, and commands that
+fail, each with a note: balance.py needs the log of a second training.
 """
 
 import json
@@ -18,11 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import notebook
 import three
 from common import command, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "lessons/README.md", "tiny/README.md")]
+COURSE = ROOT / "lessons" / "README.md"
 QUOTE = re.compile(r"^\$ (.+)\n(?:((?:(?!\$ |```).*\n)+)|```\n\n((?:\|.*\n)+))", re.MULTILINE)
 MEASURED = re.compile(r"pytest|ladder\.py|bench\.py|my_puzzles|my_faster|--train")  # or need a reader's own file
 TIMES = re.compile(r"[\d.]+ s\b|[\d.]+ (?:tokens|GB)/s")
@@ -99,6 +101,9 @@ def main() -> None:
             if made and TIMES.sub("", made) != TIMES.sub("", shown):
                 page = page[: where.start] + made + page[where.stop :]
         path.write_text(page, encoding="utf-8")
+        if path == COURSE:
+            made = notebook.make(page, MEASURED)
+            path.with_name("course.ipynb").write_text(made, encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: {'as before' if page == old else 'made anew'}")
     three.OUT.write_text(three.page(), encoding="utf-8")
     print(f"{three.OUT.name}: made anew")

@@ -13,8 +13,9 @@ import torch
 from common import Parser, command, pieces, watch, words
 from torch import Tensor
 
+import granitemoe
 from generate import TINY, encode, load_model, load_tokenizer
-from granitemoe import GraniteMoeForCausalLM, experts_loop
+from granitemoe import GraniteMoeForCausalLM
 
 SHOWN_EXPERTS = 8
 INTRODUCTION = """\
@@ -51,7 +52,8 @@ def follow(model: GraniteMoeForCausalLM, ids: list[int]) -> tuple[list[dict[str,
         (x_ND,), (router_logits_NE, weights_NK, expert_ids_NK) = routers[i]
         chosen, weights, y = expert_ids_NK[-1], weights_NK[-1], experts[i][1][0][0, -1]
         packed, rows = (moe.input_linear.weight, moe.output_linear.weight), x_ND[[-1] * len(chosen)]
-        alone = experts_loop(rows, *packed, torch.ones_like(weights)[:, None], chosen[:, None])
+        ones = torch.ones_like(weights)[:, None]
+        alone = granitemoe.experts_loop(rows, *packed, ones, chosen[:, None])
         steps.append({
             "before": streams[i][0][0][0, -1], "after": streams[i][1][0][0, -1],
             "attention": attentions[i][1][0, -1], "experts": y, "chosen": chosen,
