@@ -893,22 +893,22 @@ def write_run(folder: Path, loss: float, shares: list[list[float]]) -> Path:
 @pytest.fixture
 def runs(tmp_path):
     """Two seeds of two kinds."""
-    shares = {"on": [[0.6, 0.4], [0.55, 0.45]], "dense": [[1.0], [1.0]]}
-    losses = {"on-0": 4.5, "on-1": 4.7, "dense-0": 4.2, "dense-1": 4.3}
+    shares = {"balanced": [[0.6, 0.4], [0.55, 0.45]], "dense": [[1.0], [1.0]]}
+    losses = {"balanced-0": 4.5, "balanced-1": 4.7, "dense-0": 4.2, "dense-1": 4.3}
     return [write_run(tmp_path / n, x, shares[n.partition("-")[0]]) for n, x in losses.items()]
 
 
 def test_balance_tells_the_noise_beside_the_means(run, runs):
     printed = run(balance, *runs)
-    assert "| on | 4.0 M | 2.0 M | 4.500 4.700 | 4.600 | 0.200 |" in printed
-    assert "| dense | 4.0 M | 2.0 M | 4.200 4.300 | 4.250 | 0.100 |" in printed
-    assert "| on-1 | 60% 40% | 55% 45% |" in printed and "dense-0" not in printed
+    assert "| balanced | 4.0 M | 2.0 M | 4.500 4.700 | 4.600 | 0.200 | +0.000 +0.000 |" in printed
+    assert "| dense | 4.0 M | 2.0 M | 4.200 4.300 | 4.250 | 0.100 | -0.300 -0.400 |" in printed
+    assert "| balanced-1 | 60% 40% | 55% 45% |" in printed and "dense-0" not in printed
 
 
 def test_balance_draws_each_run(run, runs, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "balance.svg"
-    assert "| on | " in run(balance, *runs, "--plot", out)
+    assert "| balanced | " in run(balance, *runs, "--plot", out)
     assert out.read_text(encoding="utf-8").count("clip-path=") == 4 + 2 + 2  # of three panels
 
 
@@ -926,7 +926,7 @@ def test_balance_prints_without_matplotlib(monkeypatch, run, runs, tmp_path, cap
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         run(balance, *runs, "--plot", tmp_path / "balance.svg")
-    assert "| on | " in capsys.readouterr().out
+    assert "| balanced | " in capsys.readouterr().out
 
 
 def test_balance_trains_what_is_not_there(monkeypatch, run, tmp_path):
