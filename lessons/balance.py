@@ -86,21 +86,11 @@ def loss_table(runs: list[Run]) -> str:
         some = [run for run in runs if run.kind == kind]
         losses = [run.report["held_out_loss"] for run in some]
         over = [run.report["held_out_loss"] - base[run.seed] for run in some if run.seed in base]
-        size = f"{some[0].report['parameters'] / 1e6:.1f} M"
-        used = f"{some[0].report['active_parameters'] / 1e6:.1f} M"
-        mean, apart = sum(losses) / len(losses), max(losses) - min(losses)
-        shown = " ".join(f"{loss:.3f}" for loss in losses)
-        rows.append(
-            [
-                kind,
-                size,
-                used,
-                shown,
-                f"{mean:.3f}",
-                f"{apart:.3f}",
-                " ".join(f"{x:+.3f}" for x in over),
-            ]
-        )
+        sizes = [some[0].report[name] / 1e6 for name in ("parameters", "active_parameters")]
+        apart = f"{max(losses) - min(losses):.3f}" if len(losses) > 1 else ""
+        cells = [" ".join(f"{loss:.3f}" for loss in losses), f"{sum(losses) / len(losses):.3f}"]
+        cells += [apart, " ".join(f"{x:+.3f}" for x in over)]
+        rows.append([kind, *(f"{size:.1f} M" for size in sizes), *cells])
     head = ["kind", "parameters", "used by a token", "loss, by seed", "mean", "between seeds"]
     return markdown([*head, "over balanced, by seed"], rows)
 
