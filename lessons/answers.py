@@ -138,7 +138,7 @@ PUZZLES = {
     "sort_by_expert": Puzzle(granitemoe.sort_by_expert, "order_M tokens_M ends_E",
         f"{MOE} sort_by_expert", ("N=9 K=2 E=4", "N=9 K=2 E=64", "N=1 K=3 E=5")),
     "experts_grouped": Puzzle(granitemoe.experts_grouped, "y_ND", f"{MOE} experts_grouped", (
-        "N=40 D=8 E=5 K=2 F=12", "N=64 D=16 E=8 K=3 F=8", "N=1 D=4 E=3 K=3 F=8",
+        "N=40 D=8 E=5 K=2 F=12", "N=64 D=16 E=8 K=2 F=8", "N=1 D=4 E=3 K=3 F=8",
         "bfloat16 N=9 D=16 E=64 K=64 F=8",
     )),
     "gate_up": Puzzle(gate_up, "y", "fast/kernels.py: gate_up", (

@@ -39,6 +39,10 @@ class Run(NamedTuple):
     def kind(self) -> str:
         return self.name.rpartition("-")[0] or self.name
 
+    @property
+    def seed(self) -> str:
+        return self.name.rpartition("-")[2]
+
 
 def read_run(folder: Path) -> Run:
     """Raises ValueError where the folder is no run."""
@@ -74,17 +78,21 @@ def train(out: Path) -> list[Path]:
 
 
 def loss_table(runs: list[Run]) -> str:
-    """Each kind's losses at the end, and how far its seeds are apart."""
+    """Each kind's losses at the end, how far its seeds are apart, and how far each is over the
+    balanced training of the same seed."""
+    base = {run.seed: run.report["held_out_loss"] for run in runs if run.kind == "balanced"}
     rows = []
     for kind in dict.fromkeys(run.kind for run in runs):
-        some = [run.report for run in runs if run.kind == kind]
-        losses = [report["held_out_loss"] for report in some]
-        sizes = [f"{some[0][name] / 1e6:.1f} M" for name in ("parameters", "active_parameters")]
-        mean, apart = sum(losses) / len(losses), max(losses) - min(losses)
-        shown = " ".join(f"{loss:.3f}" for loss in losses)
-        rows.append([kind, *sizes, shown, f"{mean:.3f}", f"{apart:.3f}"])
+        some = [run for run in runs if run.kind == kind]
+        losses = [run.report["held_out_loss"] for run in some]
+        over = [run.report["held_out_loss"] - base[run.seed] for run in some if run.seed in base]
+        sizes = [some[0].report[name] / 1e6 for name in ("parameters", "active_parameters")]
+        apart = f"{max(losses) - min(losses):.3f}" if len(losses) > 1 else ""
+        cells = [" ".join(f"{loss:.3f}" for loss in losses), f"{sum(losses) / len(losses):.3f}"]
+        cells += [apart, " ".join(f"{x:+.3f}" for x in over)]
+        rows.append([kind, *(f"{size:.1f} M" for size in sizes), *cells])
     head = ["kind", "parameters", "used by a token", "loss, by seed", "mean", "between seeds"]
-    return markdown(head, rows)
+    return markdown([*head, "over balanced, by seed"], rows)
 
 
 def share_table(runs: list[Run]) -> str:

@@ -27,6 +27,7 @@ from unittest.mock import patch
 import faster
 import puzzles
 import torch
+import torch.nn.functional as F
 from answers import PUZZLES, Piece, cases, make
 from common import command, pieces
 from ladder import count
@@ -41,9 +42,10 @@ from granitemoe import ATTENTION, EXPERTS, GraniteMoeConfig
 HERE = Path(__file__).resolve().parent
 BOOK = {str(HERE.parent / "granitemoe.py"), str(HERE.parent / "generate.py")}
 BOOK |= {str(HERE / "answers.py"), str(HERE / "mistakes.py")}
+BOOK |= {str(path) for path in (HERE.parent / "fast").glob("*.py")}
 FILES = {"puzzles": puzzles, "faster": faster}
 STUBS = {n: getattr(puzzles, n, None) or getattr(faster, n) for n in PUZZLES}
-MOST_LINES = 5_000_000  # of a learner's code in one call; a loop that never ends has more
+MOST_LINES = 200_000  # of a learner's code in one call; a loop that never ends has more
 
 
 class Wrong(ValueError):
@@ -92,6 +94,19 @@ def gradients(piece: Piece, inputs: list) -> list[Tensor | None]:
     return [x.grad if isinstance(x, Tensor) else None for x in given]
 
 
+@contextmanager
+def usual_settings() -> Iterator[None]:
+    """Within `with`, PyTorch's own grad mode and default dtype; what is changed is changed back."""
+    gradient, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradient)
+        torch.set_default_dtype(dtype)
+
+
 def place(path: str, line: int | None) -> str:
     """Where something happened: in a file, or in a notebook's cell."""
     name = path if Path(path).is_file() else "the cell"
@@ -113,6 +128,8 @@ def one_line(path: str, start: str = "") -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [getattr(error, "lineno", None), *(f.lineno for f in frames if f.filename == path)]
         where = place(path, lines[-1])
+        if isinstance(error, KeyboardInterrupt) and str(error):
+            raise  # it says where already
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"stopped at {where}") from None
         said = " ".join(f"{type(error).__name__}: {getattr(error, 'msg', error)}".split())
@@ -159,7 +176,12 @@ def guarded(name: str, piece: Piece) -> Piece:
 
     @functools.wraps(piece)
     def call(*given: object, **named: object) -> object:
-        got = piece(*given, **named)
+        try:
+            got = piece(*given, **named)
+        except NotImplementedError as error:
+            if str(error):
+                raise
+            got = None
         if got is None or got is ...:
             raise Wrong(f"your `{name}` returns nothing yet. Write it first.")
         return got
@@ -167,11 +189,17 @@ def guarded(name: str, piece: Piece) -> Piece:
     return call
 
 
-def others_guarded(piece: Piece) -> AbstractContextManager:
-    """While it is entered, pieces that this piece calls are guarded."""
+@contextmanager
+def others_guarded(piece: Piece) -> Iterator[None]:
+    """Within `with`, pieces that this piece calls are guarded."""
     scope = getattr(inspect.unwrap(piece), "__globals__", {})
-    named = {name: scope[name] for name in PUZZLES if inspect.isfunction(scope.get(name))}
-    return patch.dict(scope, {name: guarded(name, f) for name, f in named.items()})
+    own = {name: scope[name] for name in PUZZLES if inspect.isfunction(scope.get(name))}
+    own.pop(getattr(piece, "__name__", ""), None)
+    scope.update({name: guarded(name, f) for name, f in own.items()})
+    try:
+        yield
+    finally:
+        scope.update(own)
 
 
 def quiet() -> AbstractContextManager:
@@ -204,7 +232,9 @@ def differ(
     for i, (name, a, b) in enumerate(zip(names, got, want, strict=True)):
         if not isinstance(a, Tensor):
             return f"{name} is {'missing' if a is None else f'a {type(a).__name__}, not a tensor'}"
-        for what, x, y in (("shape", tuple(a.shape), tuple(b.shape)), ("dtype", a.dtype, b.dtype)):
+        for what in ("shape", "dtype", "layout", "device"):
+            x, y = (getattr(t, what) for t in (a, b))
+            x, y = (tuple(z) if what == "shape" else z for z in (x, y))
             if x != y:
                 return f"the {what} of {name} is {x}, must be {y}{remedy(what, x)}"
         if b.dtype == torch.bfloat16:
@@ -276,7 +306,7 @@ def alike(mine: object, other: Tensor, right: Tensor) -> bool:
 
 
 # ----------------------------------------------------------------------------------- trying a piece
-def mistake(stub: Piece, piece: Piece, failed: str) -> str:
+def mistake(stub: Piece, piece: Piece, path: str, failed: str) -> str:
     """What a likely mistake is called, if one gives what the piece gives in every case in which the
     piece gives anything; for a piece that failed with ordinary numbers, in every such case."""
     fits, overflow = None, special(failed)
@@ -284,9 +314,9 @@ def mistake(stub: Piece, piece: Piece, failed: str) -> str:
         if special(case) and not special(failed):
             continue
         try:
-            with quiet():
+            with one_line(path), quiet(), traced(path):
                 got, _ = run(piece, inputs)
-        except (Exception, SystemExit):
+        except Wrong:
             continue
         wanted, same = Wanted(stub.__name__, inputs), {}
         overflow &= overflows(case, got) or not wanted.problem(got)
@@ -328,7 +358,7 @@ def try_values(stub: Piece, piece: Piece, path: str) -> dict[str, int]:
             if isinstance(now, Tensor) and not torch.equal(now, before):
                 raise Wrong(f"for {case}, it changes its input {x}. Work on a copy.")
         if problem := Wanted(name, inputs).problem(got):
-            raise Wrong(f"for {case}, {problem}. {mistake(stub, piece, case)}".rstrip())
+            raise Wrong(f"for {case}, {problem}. {mistake(stub, piece, path, case)}".rstrip())
     return counts
 
 
@@ -342,14 +372,27 @@ def try_gradients(stub: Piece, piece: Piece, path: str) -> None:
             slopes = gradients(piece, inputs)
         rights = gradients(PUZZLES[stub.__name__].answer, inputs)
         for x, mine, right in zip(names, slopes, rights, strict=True):
-            if right is None:
+            if right is None or (mine is None and not right.any()):
                 continue
             if problem := differ([f"the gradient of {x}"], (mine,), (right,)):
                 cut = "Something is cut off: detach(), no_grad(), .item() or .data."
                 raise Wrong(f"for {case}, the values are right, but {problem}. {cut}")
 
 
-def try_counts(stub: Piece, piece: Piece, counts: dict[str, int]) -> None:
+WAITS = (
+    "These wait: .item(), .tolist(), nonzero, a mask as an index, bincount, and repeat_interleave "
+    "without output_size."
+)
+
+
+def one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
+    """F.one_hot as on a GPU, where it waits only if it must find num_classes. On a CPU it looks
+    whether all values are in range too."""
+    E = num_classes if num_classes >= 0 else int(x.max()) + 1
+    return (x[..., None] == torch.arange(E)).long()
+
+
+def try_counts(stub: Piece, piece: Piece, path: str, counts: dict[str, int]) -> None:
     """Raises Wrong where a piece that must be fast runs or holds too much."""
     name, (_, (case, few), (larger, many), *_) = stub.__name__, counts.items()
     if many > few + 3:
@@ -358,13 +401,13 @@ def try_counts(stub: Piece, piece: Piece, counts: dict[str, int]) -> None:
     if name == "experts_batched":
         return
     for case, inputs in [*cases(stub)][1:]:
-        with quiet():
+        with one_line(path, f"for {case}, "), quiet(), patch.object(F, "one_hot", one_hot):
             products, waits, held = count(piece, inputs)
         allowed, _, own = count(PUZZLES[name].answer, inputs)
         if products > allowed:
             raise Wrong(f"the values are right, but it runs {products} products, not {allowed}.")
         if waits:
-            raise Wrong(f"the values are right, but it waits {waits} times for a value.")
+            raise Wrong(f"the values are right, but it waits for a value (times: {waits}). {WAITS}")
         if held > 1.3 * own and name == "experts_grouped" and not special(case):
             N = len(inputs[0])
             at_once = (
@@ -387,7 +430,7 @@ def examine(stub: Piece, piece: Piece, path: str) -> None:
     with others_guarded(piece):
         counts = try_values(stub, piece, path)
         if name in ("experts_batched", "sort_by_expert", "experts_grouped"):
-            try_counts(stub, piece, counts)
+            try_counts(stub, piece, path, counts)
         if name not in ("top_p", "sort_by_expert"):  # of which nothing learns
             try_gradients(stub, piece, path)
 
@@ -398,12 +441,13 @@ def defined_in(piece: Piece) -> str:
 
 def try_kernel(kernel: Piece, path: str) -> None:
     """Raises Wrong unless the kernel gate_up writes what it must, and that alone."""
+    written = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kernel)))).body[0].body
+    if all(isinstance(line, (ast.Expr, ast.Pass)) for line in written[:1]) and not written[1:]:
+        raise Unwritten("nothing is written")
     if faster.tl.constexpr is None:
-        raise Unwritten("it needs Triton: pip install triton")
+        raise Wrong("it needs Triton. Run: pip install triton")
     import triton
 
-    if not ast.parse(textwrap.dedent(inspect.getsource(kernel))).body[0].body[1:]:
-        raise Unwritten("nothing is written")
     act = kernel if isinstance(kernel, triton.runtime.KernelInterface) else triton.jit(kernel)
     for case in PUZZLES["gate_up"].cases:
         x_D, gate_up_EPD, ids_K = make(STUBS["gate_up"], case)[:3]
@@ -412,7 +456,7 @@ def try_kernel(kernel: Piece, path: str) -> None:
         gate_up_EPD[unused] = torch.nan  # whoever reads them gives nan
         y_KF = torch.full((size["K"] + 1, size["F"]), 7.0)  # a row more, which must stay
         grid = (size["K"], triton.cdiv(size["F"], size["ROWS"]))
-        with one_line(path, f"for {case}, "), quiet():
+        with one_line(path, f"for {case}, "), traced(path), quiet():
             act[grid](x_D, gate_up_EPD, ids_K, y_KF, size["D"], size["F"], size["ROWS"])
         want = PUZZLES["gate_up"].answer(x_D, gate_up_EPD, ids_K)
         if problem := differ(["y"], (y_KF[:-1],), (want,)):
@@ -542,30 +586,33 @@ def show(solved: dict[str, Piece], path: str) -> bool:
             mine = balance_of(text, own)
         theirs = balance_of(text, {})
         right &= abs(mine - theirs) < 1e-3
-        print(f"By your load_balancing its balance loss is {mine:.3f}, by ours {theirs:.3f}.")
+        print(
+            f"By your load_balancing the balance loss of tiny/ is {mine:.3f}, by ours {theirs:.3f}."
+        )
     return right
 
 
 def tell(usual: list[str], mine: list[str], names: list[str], again: bool) -> bool:
     """Print what was written with these pieces, or only that it is the same again."""
-    same = [a == b for a, b in zip(usual, mine, strict=True)]
-    n = same.index(False) if False in same else len(same)
-    if again and n == len(same):
+    n = sum(1 for _ in itertools.takewhile(bool, map(str.__eq__, usual, mine)))
+    if again and n == len(usual):
         print(f"So it does with your {', '.join(names)} in their places.")
         return True
     print(f"\n{''.join(usual[:n])}\n\nThe model in tiny/ wrote this with your {', '.join(names)}.")
-    if n < len(same):
-        print(f"Here it parts: yours goes on with {mine[n]!r}, granitemoe.py with {usual[n]!r}.")
+    if n < len(usual):
+        goes = f"goes on with {mine[n]!r}" if n < len(mine) else "ends"
+        print(f"Here it parts: yours {goes}, granitemoe.py goes on with {usual[n]!r}.")
     else:
         print("It is the text that it writes without them.")
-    return n == len(same)
+    return n == len(usual)
 
 
 # ------------------------------------------------------------------------------------- the commands
 def attempt(piece: Piece, name: str, path: str) -> str:
     """What is said of a piece, after its name; it begins with "solved" if it is."""
     try:
-        examine(STUBS[name], piece, path)
+        with usual_settings(), one_line(path):
+            examine(STUBS[name], piece, path)
     except Unwritten as unwritten:
         return f"not written yet ({unwritten})."
     except Wrong as wrong:
@@ -584,15 +631,10 @@ def check(piece: Piece) -> bool:
 
 
 def load(path: str) -> dict[str, object]:
-    """What a learner's file defines. What it switches in PyTorch is switched back."""
+    """What a learner's file defines."""
     found = {"__name__": "pieces", "__file__": path}
-    gradient, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-    try:
-        with one_line(path):
-            exec(compile(Path(path).read_bytes(), path, "exec"), found)
-    finally:
-        torch.set_grad_enabled(gradient)
-        torch.set_default_dtype(dtype)
+    with usual_settings(), one_line(path):
+        exec(compile(Path(path).read_bytes(), path, "exec"), found)
     return found
 
 
@@ -651,7 +693,7 @@ def main(file: str) -> None:
         try:
             try_file(file)
         except KeyboardInterrupt as stop:
-            print(stop)
+            print(f"{stop}" or "stopped")
             raise
 
     command(act)

@@ -13,13 +13,12 @@ Measured: tokens/s of the layer's experts, the best of all runs in three seconds
 machine does can only make a run slower.
 """
 
-import argparse
 import ast
 import inspect
 from collections.abc import Callable
 
 import torch
-from common import command, markdown
+from common import Parser, command, integer, markdown, progress
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -41,7 +40,8 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = self.waits = self.peak = 0
+        self.products = self.peak = 0
+        self.waits: list[str] = []  # the operators' names
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}  # by address: storage, bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -51,7 +51,7 @@ class Meter(TorchDispatchMode):
         asks = bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output})
         if name == "index":  # tagged for the sake of boolean masks alone
             asks = any(x is not None and x.dtype == torch.bool for x in args[1])
-        self.waits += asks
+        self.waits += [name] if asks else []
         given, made = (
             {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)}
             for tree in (args, result)
@@ -102,7 +102,7 @@ def count(form: Callable[..., object], inputs: tuple[Tensor, ...]) -> tuple[int,
     """Matrix products, waits, and temporary bytes a token of one call."""
     with torch.no_grad(), ListMeter() as lists, Meter() as meter:
         form(*inputs)
-    return meter.products, meter.waits + lists.calls, meter.peak / len(inputs[0])
+    return meter.products, len(meter.waits) + lists.calls, meter.peak / len(inputs[0])
 
 
 @torch.inference_mode()
@@ -113,8 +113,15 @@ def speed(form: Callable[..., Tensor], inputs: tuple[Tensor, ...], seconds: floa
     return len(inputs[0]) / min(timer.blocked_autorange(min_run_time=seconds).times)
 
 
-def table(sizes: dict[str, int], tokens: list[int], dtype: torch.dtype, seconds: float) -> str:
-    """The markdown table, a row for each form."""
+def table(
+    sizes: dict[str, int],
+    tokens: list[int],
+    dtype: torch.dtype,
+    seconds: float,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> str:
+    """The markdown table, a row for each form; `tell` is called with how many are done, and of how
+    many."""
     columns = ["form", "lines", "products", "waits", "temporary a token"]
     columns += [f"tokens/s at {N}" for N in tokens]
     rows = []
@@ -129,17 +136,19 @@ def table(sizes: dict[str, int], tokens: list[int], dtype: torch.dtype, seconds:
             for N in tokens
         )
         rows.append([*cells, f"{held / 1e3:,.0f} kB", *speeds])
+        tell(len(rows), len(FORMS))
     return markdown(columns, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the three forms of the experts.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 512], metavar="N")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser = Parser(description="Compare the three forms of the experts.")
+    add = parser.add_argument
+    add("--tokens", type=integer(1), nargs="+", default=[1, 32, 512], metavar="N")
+    add("--dtype", choices=DTYPES, default="bfloat16")
     args = parser.parse_args()
-    if min(args.tokens) < 1:
-        raise ValueError(f"--tokens: must be at least 1, got {min(args.tokens)}")
-    print(table(SIZES, args.tokens, DTYPES[args.dtype], 3.0))
+    with progress("forms measured") as tell:
+        made = table(SIZES, args.tokens, DTYPES[args.dtype], 3.0, tell)
+    print(made)
     threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"\nOne layer with {SIZES}, {args.dtype}, {threads}.")
     print("A speed is the best run's in 3 seconds.")

@@ -147,7 +147,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.path.append("lessons")  # where a copy in the top folder finds how it is tried
+    sys.path.insert(0, "lessons")  # where a copy in the top folder finds how it is tried
     try:
         from checker import main
     except ModuleNotFoundError:

@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from common import Parser, command, pieces, watch
+from common import (
+    Parser,
+    check_prompt,
+    command,
+    file_name,
+    integer,
+    new_file_name,
+    pieces,
+    read_text,
+    watch,
+    words,
+)
 from torch import Tensor
 
 from generate import TINY, encode, generate, load_model, load_tokenizer
@@ -168,14 +179,16 @@ def page(title: str, tokens: list[str], prompt: int, routing: Routing, start: di
 def read_args() -> argparse.Namespace:
     parser = Parser(description="Show where each token is sent.")
     one = parser.add_mutually_exclusive_group(required=True)
-    one.add_argument("text", nargs="?", metavar="TEXT", help="a prompt to continue")
+    one.add_argument("text", nargs="?", type=words, metavar="TEXT", help="a prompt to continue")
     longest = f"a UTF-8 text, of which the first {LONGEST} tokens are read, instead"
-    one.add_argument("--file", type=Path, metavar="FILE", help=longest)
+    one.add_argument("--file", type=file_name, metavar="FILE", help=longest)
     add = parser.add_argument
     add("--model", default=TINY, help="folder or hub id (default: tiny/)")
-    add("--max-new-tokens", type=int, default=48, metavar="N", help="how much to generate (48)")
-    add("--layer", type=int, default=0, metavar="I", help="the layer that gives the colours (0)")
-    add("--html", type=Path, metavar="OUT", help="write a page instead")
+    new = {"type": integer(0), "default": 48, "metavar": "N"}
+    add("--max-new-tokens", **new, help="how much to generate (48)")
+    layer = {"type": integer(0), "default": 0, "metavar": "I"}
+    add("--layer", **layer, help="the layer that gives the colours (0)")
+    add("--html", type=new_file_name, metavar="OUT", help="write a page instead")
     return parser.parse_args()
 
 
@@ -183,12 +196,13 @@ def read(args: argparse.Namespace, model: GraniteMoeForCausalLM, tokenizer: "Tok
     """The file's first tokens, or TEXT's and what the model writes after them."""
     c = model.config
     if args.file:
-        whole = encode(tokenizer, args.file.read_bytes().decode(), c.vocab_size)
+        whole = encode(tokenizer, read_text(args.file), c.vocab_size)
         if not whole:
-            raise ValueError(f"{args.file}: has no token")
+            raise ValueError(f"{str(args.file)!r}: must have a token, has none")
         ids, cut = whole[:LONGEST], f"the first {LONGEST} of " if len(whole) > LONGEST else ""
         return Read(ids, len(ids), f"{cut}{len(whole)} tokens")
     prompt = encode(tokenizer, args.text, c.vocab_size)
+    check_prompt("TEXT", prompt, c.max_position_embeddings)  # a longer one can be a --file
     made = generate(model, [prompt], args.max_new_tokens, eos_token_ids=c.eos_token_id)
     ids = prompt + [row[0] for row in made]
     return Read(ids, len(prompt), f"{len(ids)} tokens")
@@ -200,7 +214,8 @@ def main() -> None:
     model, tokenizer = load_model(args.model, dtype=exact), load_tokenizer(args.model)
     c, name = model.config, Path(args.model).name
     if not 0 <= args.layer < c.num_hidden_layers:
-        raise ValueError(f"--layer: must be below {c.num_hidden_layers}, got {args.layer}")
+        last = c.num_hidden_layers - 1
+        raise ValueError(f"--layer: must be from 0 to {last}, got {args.layer}")
     ids, prompt, length = read(args, model, tokenizer)
     name += f", {args.file.name}" if args.file else ""
     routing, tokens = record(model, ids), pieces(tokenizer, ids)

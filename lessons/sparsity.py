@@ -10,14 +10,10 @@ all the same, since the tied head is that very matrix. Keys and values, which gr
 are left out.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
-from common import command, markdown
+from common import Parser, command, file_name, markdown
 
-from generate import TINY
+from generate import TINY, checkpoint
 from granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
 
 COMMON = {
@@ -70,14 +66,17 @@ def table(configs: dict[str, GraniteMoeConfig]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Count what a token uses.")
-    parser.add_argument("folders", nargs="*", type=Path, default=[TINY], metavar="FOLDER")
+    parser = Parser(description="Count what a token uses.")
+    parser.add_argument("folders", nargs="*", type=file_name, default=[TINY], metavar="FOLDER")
     folders = parser.parse_args().folders
     configs = {name: GraniteMoeConfig.from_dict(data) for name, data in RELEASED.items()}
     for folder in folders:
-        configs[folder.resolve().name] = GraniteMoeConfig.from_dict(
-            json.loads((folder / "config.json").read_text())
-        )
+        short = folder.resolve().name
+        name = short if short not in configs else str(folder)  # or one would hide the other
+        configs[name] = config = checkpoint.read_config(folder)
+        if config.num_hidden_layers > checkpoint.MAX_LAYERS:  # each takes time to build
+            most = f"num_hidden_layers: must be at most {checkpoint.MAX_LAYERS}"
+            raise ValueError(f"{str(folder)!r}: {most}, got {config.num_hidden_layers}")
     print(table(configs))
 
 

@@ -7,11 +7,10 @@ the text's last one; of a long text the model reads the last tokens that fit int
 is printed is read off by hooks on the model's own modules.
 """
 
-import argparse
 from collections.abc import Iterator
 
 import torch
-from common import command, pieces, watch
+from common import Parser, command, pieces, watch, words
 from torch import Tensor
 
 import granitemoe
@@ -97,14 +96,15 @@ def describe(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Follow one token through the model.")
-    parser.add_argument("text", nargs="?", default="def __init__(self", metavar="TEXT")
-    parser.add_argument("--model", default=TINY, help="folder or hub id (default: tiny/)")
+    parser = Parser(description="Follow one token through the model.")
+    add = parser.add_argument
+    add("text", nargs="?", type=words, default="def __init__(self", metavar="TEXT")
+    add("--model", default=TINY, help="folder or hub id (default: tiny/)")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model, dtype="float32"), load_tokenizer(args.model)
     ids = encode(tokenizer, args.text, model.config.vocab_size)
     if not ids:
-        raise ValueError("TEXT: has no token")
+        raise ValueError("TEXT: must have a token, has none")
     whole, ids = len(ids), ids[-model.config.max_position_embeddings :]
     if len(ids) < whole:
         print(f"Of {whole} tokens the model reads the last {len(ids)}: its context has no more.\n")

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -65,6 +67,25 @@ def test_a_scalar_is_that_of_a_checkpoint(name, model, tmp_path):
     other = edited(tmp_path, **{name: 0.7})
     assert torch.equal(changed_scores(model, scalar=f"{name}=0.7"), scores(other))
     assert not torch.equal(scores(other), scores(model))
+
+
+@pytest.mark.parametrize("name", ablate.SCALARS[:3])
+def test_a_scalar_can_be_zero(name, model):
+    """What no config.json may have: against the same number set in the parts that use it."""
+    other = copy.deepcopy(model)
+    if name == "embedding_multiplier":  # only zeros go in, so that every token is equally likely
+        even = torch.full((len(IDS) - 1,), -math.log(CONFIG["vocab_size"]))
+        torch.testing.assert_close(changed_scores(model, scalar=f"{name}=0"), even)
+    for layer in other.model.layers:
+        if name == "attention_multiplier":  # a query of zeros sees all keys alike
+            layer.self_attn.q_proj.weight.data.zero_()
+        if name == "residual_multiplier":  # nothing of what a layer returns
+            layer.self_attn.o_proj.weight.data.zero_()
+            layer.block_sparse_moe.output_linear.weight.data.zero_()
+    if name == "embedding_multiplier":
+        other.model.embed_tokens.register_forward_hook(lambda _, x, y: torch.zeros_like(y))
+    torch.testing.assert_close(changed_scores(model, scalar=f"{name}=0"), scores(other))
+    assert not torch.allclose(scores(other), scores(model), atol=1e-3)
 
 
 def test_changed_configs_share_the_weights(model):
@@ -192,6 +213,18 @@ def test_each_expert_dropped_is_a_table_and_a_picture(run, tmp_path):
     assert picture.partition(b"</metadata>")[2] == out.read_bytes().partition(b"</metadata>")[2]
 
 
+def test_progress_of_each_expert(run, monkeypatch):
+    """Over all of them, on standard error: it rises to the end."""
+    printed, said = run("--drop-expert", "all"), []
+    note = contextlib.nullcontext(lambda done, of: said.append((done, of)))
+    monkeypatch.setattr(ablate, "progress", lambda what: note)
+    assert run("--drop-expert", "all") == printed
+    (first, tokens), rest = said[0], said[-1]
+    whole = [done for done, of in said if of == rest[1]]
+    assert first < tokens and rest == (L * E * tokens, L * E * tokens)
+    assert whole == sorted({*whole}) and len(whole) > L * E
+
+
 def test_a_picture_needs_matplotlib(run, monkeypatch, tmp_path):
     """Said before the work: nothing is printed."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -200,30 +233,41 @@ def test_a_picture_needs_matplotlib(run, monkeypatch, tmp_path):
         run("--drop-expert", "all", "--plot", tmp_path / "drop.svg")
 
 
+NUMBER = r"--scalar residual_multiplier: must be a number from 0 to 1e\+18, "
+
+
 @pytest.mark.parametrize(
     "arguments, error",
     [
-        ("--top-k 0", "num_experts_per_tok: must be an integer from 1"),
-        ("--top-k -1", "num_experts_per_tok: must be an integer from 1"),
-        ("--top-k 6", "num_experts_per_tok: 6 is more than num_local_experts 5"),
+        ("--top-k 6", "--top-k: must be at most 5, the experts, got 6"),
         ("--drop-expert 2:0", "numbers up to 1:4, got '2:0'"),
         ("--drop-expert 0:5", "numbers up to 1:4, got '0:5'"),
         ("--drop-expert 0", "numbers up to 1:4, got '0'"),
         ("--drop-expert=-1:0", "numbers up to 1:4, got '-1:0'"),
         ("--drop-expert=", "numbers up to 1:4, got ''"),
+        ("--drop-expert nan", "--drop-expert: must be L:E, numbers up to 1:4, got 'nan'"),
+        ("--swap-experts 0", "--swap-experts: must be L:A:B, numbers up to 1:4:4, got '0'"),
         ("--drop-expert All", "numbers up to 1:4, got 'All'"),
         ("--drop-expert 0:1:2", "numbers up to 1:4, got '0:1:2'"),
         ("--swap-experts 0:1", "numbers up to 1:4:4, got '0:1'"),
         ("--swap-experts 0:1:5", "numbers up to 1:4:4, got '0:1:5'"),
         ("--scalar width=1", "must be one of embedding_multiplier, .*, got 'width'"),
-        ("--scalar residual_multiplier", "could not convert string to float: ''"),
-        ("--scalar residual_multiplier=x", "could not convert string to float: 'x'"),
-        ("--scalar residual_multiplier=nan", "residual_multiplier: must be a number from"),
-        ("--scalar residual_multiplier=0", "residual_multiplier: must be a number from"),
-        ("--top-k 1 --prompt=", "prompts.0.: must be a list of ids, not empty"),
+        ("--scalar residual_multiplier", NUMBER + "got ''"),
+        ("--scalar residual_multiplier=x", NUMBER + "got 'x'"),
+        ("--scalar residual_multiplier=nan", NUMBER + "got 'nan'"),
+        ("--scalar residual_multiplier=-1", NUMBER + "got '-1'"),
+        ("--scalar residual_multiplier=1e999", NUMBER + "got '1e999'"),
+        ("--scalar logits_scaling=0", "a number from 1e-18 to .*, since it divides .*, got '0'"),
+        ("--top-k 1 --prompt=", "--prompt: must have from 1 to 64 tokens, has 0"),
+        (f"--top-k 1 --prompt {'0' * 70}", "--prompt: must have from 1 to 64 tokens, has 70"),
+        ("--top-k 1 --file EMPTY", "EMPTY': must have a token to score, has none"),
+        ("--top-k 1 --file BINARY", "BINARY': must be UTF-8 text, but its byte 1 is 0xff"),
     ],
 )
-def test_bad_changes_are_refused(arguments, error, run, capsys):
+def test_bad_changes_are_refused(arguments, error, run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").write_bytes(b"")
+    (tmp_path / "BINARY").write_bytes(b"a\xff")
     with pytest.raises(ValueError, match=error) as caught:
         run(*arguments.split())
     assert "\n" not in str(caught.value) and not capsys.readouterr().out
@@ -233,7 +277,17 @@ def test_bad_changes_are_refused(arguments, error, run, capsys):
     "arguments, error",
     [
         ("", "one of the arguments --top-k .* is required"),
-        ("--top-k x", "argument --top-k: invalid int value: 'x'"),
+        ("--top-k x", "argument --top-k: must be an integer from 1 to 2147483648, got 'x'"),
+        ("--top-k=", "argument --top-k: must be an integer from 1 to 2147483648, got ''"),
+        ("--top-k 0", "argument --top-k: must be an integer from 1 to 2147483648, got '0'"),
+        ("--top-k -1", "argument --top-k: must be an integer from 1 to 2147483648, got '-1'"),
+        ("--top-k 1 --seed -1", "argument --seed: must be an integer from 0 to 9.*, got '-1'"),
+        ("--top-k 1 --seed 1.5", "argument --seed: must be an integer from 0 to 9.*, got '1.5'"),
+        ("--top-k 1 --file=", "argument --file: must be a path, got ''"),
+        ("--top-k 1 --prompt \udcff", r"argument --prompt: must be UTF-8 text, got '\\udcff'"),
+        ("--drop-expert all --plot=", "argument --plot: must be a path, got ''"),
+        ("--drop-expert all --plot /no/x.svg", "argument --plot: must be a file to write, .*'/no"),
+        ("--drop-expert all --plot /", "argument --plot: must be a file to write, .* got '/'"),
         ("--top-k 1 --no-renormalise", "not allowed with argument --top-k"),
         ("--top-k 1 --plot drop.svg", "--plot: needs --drop-expert all"),
     ],

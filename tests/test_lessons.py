@@ -3,6 +3,8 @@
 import dataclasses
 import html
 import importlib
+import io
+import itertools
 import json
 import math
 import os
@@ -11,11 +13,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, checkpoint, representing, thorough, write_files
+from conftest import CONFIG, ROOT, checkpoint, on_posix, representing, thorough, write_files
 from safetensors.torch import load, save
 from torch.utils import benchmark
 
@@ -25,6 +28,7 @@ from granitemoe import GraniteMoeConfig
 
 sys.path.insert(0, str(ROOT / "lessons"))
 
+import common  # noqa: E402
 from common import pieces  # noqa: E402
 
 from lessons import balance, ladder, quotes, routing, score, sparsity, walkthrough  # noqa: E402
@@ -66,6 +70,84 @@ def test_errors_are_one_line(tmp_path):
     command = [sys.executable, ROOT / "lessons" / "score.py", tmp_path / "no such file"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and re.fullmatch(r"score\.py: error: .*no such.*\n", done.stderr)
+
+
+SIZE = r"argument --{}: must be an integer from {} to 2147483648, got {}"
+BAD = [  # a script, arguments that are wrong, what it says of them
+    ("score", "--context= x", SIZE.format("context", 1, "''")),
+    ("score", "--stride 0 x", SIZE.format("stride", 1, "'0'")),
+    ("score", "--stride -1 x", SIZE.format("stride", 1, "'-1'")),
+    ("score", "", "the following arguments are required: FILE"),
+    ("score", "--nonsense x", "unrecognized arguments: --nonsense"),
+    ("score", "''", "argument FILE: must be a path, got ''"),
+    ("score", "missing", "'missing': no such file or directory"),
+    ("score", "folder", "'folder': is a directory"),
+    ("score", "binary", "'binary': must be UTF-8 text, but its byte 1 is 0xff"),
+    ("score", "empty", "'empty': must have a token to score, has none"),
+    ("score", "text --model folder", "'folder/config.json': no such file"),
+    ("routing", "x --layer nan", SIZE.format("layer", 0, "'nan'")),
+    ("routing", "x --layer 5", "--layer: must be from 0 to 4, got 5"),
+    ("routing", "x --max-new-tokens -5", SIZE.format("max-new-tokens", 0, "'-5'")),
+    ("routing", "x --html=", "argument --html: must be a path, got ''"),
+    ("routing", "x --html folder", "argument --html: must be a file to write, .*, got 'folder'"),
+    ("routing", "x --html no/x.html", "argument --html: must be a file to write, .*'no/x.html'"),
+    ("routing", "--file binary", "'binary': must be UTF-8 text, but its byte 1 is 0xff"),
+    ("routing", "--file empty", "'empty': must have a token, has none"),
+    ("routing", "--file=", "argument --file: must be a path, got ''"),
+    ("routing", "''", "TEXT: must have from 1 to 512 tokens, has 0"),
+    ("routing", "0" * 600, "TEXT: must have from 1 to 512 tokens, has 600"),
+    ("routing", "\udcff", r"argument TEXT: must be UTF-8 text, got '\\udcff'"),
+    ("walkthrough", "''", "TEXT: must have a token, has none"),
+    ("walkthrough", "\udcff", r"argument TEXT: must be UTF-8 text, got '\\udcff'"),
+    ("walkthrough", "--nonsense", "unrecognized arguments: --nonsense"),
+    ("ladder", "--tokens 1 0", SIZE.format("tokens", 1, "'0'")),
+    ("ladder", f"--tokens {'9' * 400}", SIZE.format("tokens", 1, "'9{59}")),
+    ("ladder", "--dtype int8", "argument --dtype: invalid choice: 'int8' .*"),
+    ("sparsity", "''", "argument FOLDER: must be a path, got ''"),
+    ("sparsity", "folder", "'folder/config.json': no such file"),
+    ("sparsity", "empty", "'empty/config.json': no such file"),
+    ("sparsity", "list", "'list/config.json': must be a JSON object, got list"),
+    ("sparsity", "deep", "'deep': num_hidden_layers: must be at most 1000, got 2000000000"),
+]
+
+
+@pytest.mark.parametrize("name, arguments, error", BAD)
+def test_what_is_wrong_is_named_in_one_line(name, arguments, error, monkeypatch, tmp_path, capsys):
+    """The option or the file, what is allowed and what was given: by the status 2 or 1."""
+    monkeypatch.chdir(tmp_path)
+    for made in ("folder", "list", "deep"):
+        Path(made).mkdir()
+    deep = {**CONFIG, "num_hidden_layers": 2_000_000_000}
+    Path("list/config.json").write_text("[1]")
+    Path("deep/config.json").write_text(json.dumps(deep))
+    for made, raw in (("binary", b"a\xff"), ("empty", b""), ("text", b"a")):
+        Path(made).write_bytes(raw)
+    monkeypatch.setattr(sys, "argv", [f"lessons/{name}.py", *shlex.split(arguments)])
+    with pytest.raises(SystemExit) as caught:
+        common.command(importlib.import_module(f"lessons.{name}").main)
+    printed = capsys.readouterr()
+    line = printed.err if caught.value.code == 2 else f"{caught.value.code}\n"
+    assert not printed.out and re.fullmatch(rf"{name}\.py: error: {error}\n", line), line
+
+
+def test_a_file_that_must_not_be_read_is_named(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "secret")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(sys, "argv", ["score.py", "secret"])
+    with pytest.raises(SystemExit, match=r"^score\.py: error: 'secret': permission denied$"):
+        common.command(score.main)
+
+
+@on_posix
+def test_a_pipe_can_be_scored(run, folder, tmp_path):
+    """It has no size until it is read."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_text, args=(TEXT,))
+    writer.start()
+    assert f" {len(TEXT.encode())} bytes;" in run(score, pipe, "--model", folder)
+    writer.join()
 
 
 NUMBER = re.compile(r"\d[\d,]*\.?\d*")
@@ -115,7 +197,7 @@ def test_each_step_of_the_course_is_whole():
     steps = re.split(r"^## (?=\d)", COURSE, flags=re.MULTILINE)[1:]
     assert [step.splitlines()[0] for step in steps] == [
         "1. See it", "2. Follow one token", "3. Break it", "4. Build it", "5. Train it",
-        "6. Measure it",
+        "6. Measure it", "7. Make it fast",
     ]  # fmt: skip
     for step in steps:
         assert step.count("**Afterwards you can say**") == 1 <= step.count("**Write down first.**")
@@ -157,6 +239,36 @@ def test_commands_of_quotes_run(capsys):
     assert quotes.run("python -c 'print(1)' | cat") == "1\n"
     assert quotes.run("python -c 'raise SystemExit(\"no log\")'") is None
     assert "left as it was: python -c" in capsys.readouterr().out
+
+
+class Screen(io.StringIO):
+    """Standard error as a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_long_work_tells_a_terminal_how_far_it_is(monkeypatch):
+    """After a second, on one line that is gone at the end, also where the work fails."""
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    clock = iter((0, 0.9, 1.1, 2))
+    monkeypatch.setattr("common.time.monotonic", lambda: next(clock))
+    with pytest.raises(ValueError), common.progress("rows") as tell:
+        for done in (1, 2, 3000):
+            tell(done, 3000)
+        raise ValueError
+    shown = "\rrows: 2 of 3,000\rrows: 3,000 of 3,000"
+    assert screen.getvalue() == f"{shown}\r{' ' * 20}\r"
+
+
+def test_short_work_and_files_are_told_nothing(monkeypatch):
+    for stream, step in ((Screen(), 0.1), (io.StringIO(), 9), (None, 9)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr("common.time.monotonic", itertools.count(0, step).__next__)
+        with common.progress("rows") as tell:
+            for done in range(5):
+                tell(done, 5)
+        assert stream is None or not stream.getvalue()
 
 
 # ---------------------------------------------------------------- routing.py
@@ -638,6 +750,7 @@ def test_scores_by_hand():
     """A model that takes every byte value for equally likely needs 8 bits a byte."""
     figures = score.summarise(torch.full((10,), -math.log(256)), 10)
     assert figures == pytest.approx({"loss": math.log(256), "perplexity": 256, "bits/byte": 8})
+    assert score.summarise(torch.full((10,), -1e6), 10)["perplexity"] == math.inf
 
 
 def test_a_tokenizer_that_begins_texts_itself(folder, model, tmp_path):
@@ -645,15 +758,16 @@ def test_a_tokenizer_that_begins_texts_itself(folder, model, tmp_path):
     from tokenizers import Tokenizer, processors
 
     (file := tmp_path / "text").write_text("the theory")
-    plain = score.read_ids(file, Tokenizer.from_file(str(folder / "tokenizer.json")), model.config)
+    bare = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain, size = score.read_ids(file, bare, model.config)
     tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
     end = tok.id_to_token(0)
     tok.post_processor = processors.TemplateProcessing(f"{end} $A", None, [(end, 0)])
     assert tok.encode("a").ids[0] == 0
-    assert score.read_ids(file, tok, model.config) == plain and plain.count(0) == 1
+    assert score.read_ids(file, tok, model.config) == (plain, 10) and plain.count(0) == 1
 
 
-def test_score_command(run, folder, model, tmp_path):
+def test_score_command(run, folder, model, monkeypatch, tmp_path):
     text, file = TEXT * 5, tmp_path / "text.py"
     file.write_text(text, encoding="utf-8")
     ids = generate.load_tokenizer(folder).encode(text).ids
@@ -662,10 +776,19 @@ def test_score_command(run, folder, model, tmp_path):
     expected = -scores.sum().item() / math.log(2) / len(text.encode())
     assert printed.startswith(f"{len(ids)} tokens, {len(text.encode())} bytes;")
     assert f"bits/byte {expected:.4f}" in printed
+    monkeypatch.setattr("common.time.monotonic", itertools.count(0, 9).__next__)
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    assert run(score, file, "--model", folder) == printed  # nothing of it on standard output
+    steps = re.findall(rf"\rscored tokens: (\d+) of {len(ids)}", screen.getvalue())
+    assert list(map(int, steps)) == [*range(32, len(ids), 32), len(ids)]
     lines = run(score, file, "--model", folder, "--tokens").splitlines()
     assert [float(line.split()[0]) for line in lines] == pytest.approx(scores.tolist(), abs=6e-5)
-    for bad in (("--stride", 0), ("--context", 65), ("--context", 8, "--stride", 9)):
-        with pytest.raises(ValueError, match="stride"):
+    for bad, error in (
+        (("--stride", 65), "stride: must be from 1 to the context, 64, got 65"),
+        (("--context", 65), "context: must be from 1 to the model's, 64, got 65"),
+        (("--context", 8, "--stride", 9), "stride: must be from 1 to the context, 8, got 9"),
+    ):
+        with pytest.raises(ValueError, match=error):
             run(score, file, "--model", folder, *bad)
 
 
@@ -681,6 +804,9 @@ def test_sparsity_of_the_released_sizes(run, folder):
         assert n["bytes"] == 2 * n["active"] and n["dense_bytes"] == 2 * total
     rows = run(sparsity, folder).splitlines()
     assert [row.split()[1] for row in rows[2:]] == ["1b-a400m", "3b-a800m", folder.name]
+    shutil.copytree(folder, second := folder.parent / "other" / folder.name)
+    names = [row.split()[1] for row in run(sparsity, folder, second).splitlines()[4:]]
+    assert names == [folder.name, str(second)]  # neither hides the other
     assert "857.3 MB" in rows[2] and "3.7 x" in rows[3]
 
 
@@ -767,22 +893,22 @@ def write_run(folder: Path, loss: float, shares: list[list[float]]) -> Path:
 @pytest.fixture
 def runs(tmp_path):
     """Two seeds of two kinds."""
-    shares = {"on": [[0.6, 0.4], [0.55, 0.45]], "dense": [[1.0], [1.0]]}
-    losses = {"on-0": 4.5, "on-1": 4.7, "dense-0": 4.2, "dense-1": 4.3}
+    shares = {"balanced": [[0.6, 0.4], [0.55, 0.45]], "dense": [[1.0], [1.0]]}
+    losses = {"balanced-0": 4.5, "balanced-1": 4.7, "dense-0": 4.2, "dense-1": 4.3}
     return [write_run(tmp_path / n, x, shares[n.partition("-")[0]]) for n, x in losses.items()]
 
 
 def test_balance_tells_the_noise_beside_the_means(run, runs):
     printed = run(balance, *runs)
-    assert "| on | 4.0 M | 2.0 M | 4.500 4.700 | 4.600 | 0.200 |" in printed
-    assert "| dense | 4.0 M | 2.0 M | 4.200 4.300 | 4.250 | 0.100 |" in printed
-    assert "| on-1 | 60% 40% | 55% 45% |" in printed and "dense-0" not in printed
+    assert "| balanced | 4.0 M | 2.0 M | 4.500 4.700 | 4.600 | 0.200 | +0.000 +0.000 |" in printed
+    assert "| dense | 4.0 M | 2.0 M | 4.200 4.300 | 4.250 | 0.100 | -0.300 -0.400 |" in printed
+    assert "| balanced-1 | 60% 40% | 55% 45% |" in printed and "dense-0" not in printed
 
 
 def test_balance_draws_each_run(run, runs, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "balance.svg"
-    assert "| on | " in run(balance, *runs, "--plot", out)
+    assert "| balanced | " in run(balance, *runs, "--plot", out)
     assert out.read_text(encoding="utf-8").count("clip-path=") == 4 + 2 + 2  # of three panels
 
 
@@ -800,7 +926,7 @@ def test_balance_prints_without_matplotlib(monkeypatch, run, runs, tmp_path, cap
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         run(balance, *runs, "--plot", tmp_path / "balance.svg")
-    assert "| on | " in capsys.readouterr().out
+    assert "| balanced | " in capsys.readouterr().out
 
 
 def test_balance_trains_what_is_not_there(monkeypatch, run, tmp_path):
