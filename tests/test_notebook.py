@@ -30,9 +30,11 @@ SLOW = re.compile(r"x\.py --measure")  # of the pages below
 
 
 def printed(cell: dict) -> str:
-    """What a cell keeps on its standard output, by whichever way it came."""
+    """What a cell shows of its standard output. A command after ! thinks that it has a terminal:
+    its lines end in two characters, and a note of progress stands before a lone return."""
     outputs = [x for x in cell.get("outputs", []) if x.get("name") == "stdout"]
-    return "".join("".join(x["text"]) for x in outputs).replace("\r\n", "\n")
+    text = "".join("".join(x["text"]) for x in outputs).replace("\r\n", "\n")
+    return re.sub(r".*\r", "", text)
 
 
 def make(page: str) -> list[dict]:
