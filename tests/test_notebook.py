@@ -30,9 +30,11 @@ SLOW = re.compile(r"x\.py --measure")  # of the pages below
 
 
 def printed(cell: dict) -> str:
-    """What a cell keeps on its standard output, by whichever way it came."""
+    """What a cell shows of its standard output. A command after ! thinks that it has a terminal:
+    its lines end in two characters, and a note of progress stands before a lone return."""
     outputs = [x for x in cell.get("outputs", []) if x.get("name") == "stdout"]
-    return "".join("".join(x["text"]) for x in outputs).replace("\r\n", "\n")
+    text = "".join("".join(x["text"]) for x in outputs).replace("\r\n", "\n")
+    return re.sub(r".*\r", "", text)
 
 
 def make(page: str) -> list[dict]:
@@ -179,7 +181,7 @@ def test_the_first_cell_finds_the_top_folder(place, tmp_path):
     for folder in (top / "lessons", tools, tmp_path / "elsewhere"):
         folder.mkdir(parents=True)
     (top / "granitemoe.py").touch()
-    address = f"file://{top}"
+    address = f"file://{top.as_posix()}"
     cell = re.sub(r'ADDRESS = "[^"]+"', f'ADDRESS = "{address}"', CODE[0])
     fake = (
         "import shutil, subprocess, sys\n"
@@ -221,19 +223,17 @@ def alike(old: str, new: str) -> bool:
     return one == two and same
 
 
-def fill(source: str, bodies: dict[str, str]) -> str:
-    """A puzzle's cell with the right body, where there is one."""
-    name = DEFINED.match(source)
-    body = bodies.get(name[1], "") if name else ""
+def right(source: str, bodies: dict[str, str]) -> str:
+    """A puzzle's cell with the right body."""
+    body = bodies[DEFINED.match(source)[1]]
     body = re.sub("^    ", "", body.strip("\n"), flags=re.M) if "\n" in body else f"    {body}"
     return f"{source}\n{body}"
 
 
 @thorough
-@pytest.mark.parametrize("solved", (True, False), ids=("solved", "empty"))
-def test_it_runs_from_top_to_bottom(solved, tmp_path):
+def test_it_runs_from_top_to_bottom(tmp_path):
     """In a kernel that starts in lessons/, in a copy of the repository. What takes long is left
-    out. The outputs are those that are kept, and right bodies are solved."""
+    out. The outputs are those that are kept. Each puzzle is tried empty, then with a right body."""
     reason = "executing the notebook needs: pip install nbclient ipykernel"
     nbclient = pytest.importorskip("nbclient", reason=reason)
     pytest.importorskip("ipykernel", reason=reason)
@@ -242,29 +242,32 @@ def test_it_runs_from_top_to_bottom(solved, tmp_path):
 
     ignored = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", ".venv", "my_*.py")
     copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)
-    made, kept = (nbformat.reads(TEXT, as_version=4) for _ in range(2))
-    for cell in made.cells:
-        cell.outputs = [] if cell.cell_type == "code" else None
-        cell.source = cell.source.replace("/tmp/", f"{tmp_path}/")
-        cell.source = fill(cell.source, RIGHT) if solved else cell.source
+    whole, cells, kept = nbformat.reads(TEXT, as_version=4), [], []
+    for cell in whole.cells:
+        kept.append(printed(cell))
+        cell.outputs, cell.source = [], cell.source.replace("/tmp/", f"{tmp_path}/")
+        cells.append(cell)
+        if (name := TRIED.match(cell.source)) and name[1] in RIGHT:
+            again = (right(cells[-2].source, RIGHT), cell.source)
+            cells += [nbformat.v4.new_code_cell(source) for source in again]
+            kept += ["", f"{name[1]}: solved. Compare with "]
+    whole.cells = [cell for cell in cells if cell.cell_type == "code"]
+    kept = [x for x, cell in zip(kept, cells, strict=True) if cell.cell_type == "code"]
     where = {"metadata": {"path": str(copy / "lessons")}}
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "SOURCE_DATE_EPOCH": "0"}
-    nbclient.NotebookClient(made, timeout=600, kernel_name="python3", resources=where).execute(
-        env=env
-    )
-    left_out = 0
-    for cell, before in zip(made.cells, kept.cells, strict=True):
-        if cell.cell_type != "code" or "skip-execution" in cell.metadata.get("tags", []):
-            left_out += cell.cell_type == "code"
+    client = nbclient.NotebookClient(whole, timeout=600, kernel_name="python3", resources=where)
+    client.execute(env=env)
+    wrong, ran = [], 0
+    for cell, before in zip(whole.cells, kept, strict=True):
+        if "skip-execution" in cell.metadata.get("tags", []):
             continue
         out = printed(cell).replace(f"{tmp_path}/", "/tmp/")
-        assert not [x for x in cell.outputs if x.output_type == "error"], (
-            cell.source,
-            cell.outputs,
-        )
         if name := TRIED.match(cell.source):
-            says = "solved. Compare with " if solved and name[1] in RIGHT else "not written yet"
-            assert out.startswith(f"{name[1]}: {says}"), out
+            same = out.startswith(before or f"{name[1]}: not written yet")
         else:
-            assert alike(printed(before), out), (cell.source, out, ANEW)
-    assert left_out < len(CODE) / 4
+            same = alike(before, out)
+        errors = [x for x in cell.outputs if x.output_type == "error"]
+        wrong += [] if same and not errors else [(cell.source, out, errors)]
+        ran += 1
+    assert not wrong, ANEW
+    assert ran > 0.8 * len(whole.cells)
