@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from answers import PUZZLES, attend, balance, choose, keep, norm, one_expert, step, turn
+from answers import PUZZLES, attend, balance, keep, norm, one_expert, step, turn
 from torch import Tensor
 
 import granitemoe
@@ -18,96 +18,73 @@ from granitemoe import experts_loop
 Mistakes = Iterator[tuple[str, object]]  # what is said of one, and what it gives
 
 
+def shares(x: Tensor) -> Tensor:
+    """x divided by its sum."""
+    return x / x.sum(-1, keepdim=True)
+
+
 # ------------------------------------------------------------------------------- norm and positions
 def of_norm(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
-    yield from wrong_eps(x, weight, eps)
     yield from wrong_root(x, weight, eps)
     yield from wrong_mean(x, weight, eps)
-    yield from wrong_axis(x, weight, eps)
     yield from wrong_weight(x, weight, eps)
     yield from rounded_norm(x, weight, eps)
 
 
-def mean_square(x: Tensor) -> Tensor:
-    return x.float().square().mean(-1, keepdim=True)
+def mean_square(x: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
+    return x.float().square().mean(dim, keepdim=True)
 
 
-def divided(x: Tensor, root: Tensor, weight: Tensor) -> Tensor:
-    return x.float() / root * weight
-
-
-def wrong_eps(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
-    mean = mean_square(x)
-    root = mean.sqrt()
+def wrong_root(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
+    mean, wide = mean_square(x), x.float()
+    root, total = mean.sqrt(), mean * len(weight)
 
     def over(root: Tensor) -> Tensor:
-        return divided(x, root, weight)
+        return wide / root * weight
 
     yield "eps is added to the root. Add it to the mean, under the root.", over(root + eps)
     yield "eps is missing, or a constant stands in its place. Add eps to the mean.", over(root)
     yield "The mean is at least eps here (clamp, max). Add eps.", over(mean.clamp(min=eps).sqrt())
     yield "The root is at least eps here (clamp, max). Add eps.", over(root.clamp(min=eps))
     yield "eps is squared. Add it as it is.", over((mean + eps * eps).sqrt())
-    yield "eps is subtracted. Add it.", over((mean - eps).sqrt())
     yield "eps is added to the sum. Add it to the mean.", over((mean + eps / len(weight)).sqrt())
     yield "eps is added to the result. Add it to the mean.", over(root) + eps
-
-
-def wrong_root(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
-    mean, total = mean_square(x), x.float().square().sum(-1, keepdim=True)
-
-    def over(root: Tensor) -> Tensor:
-        return divided(x, root, weight)
-
-    of_sum = "This is the root of the sum. Take the root of the mean."
-    yield of_sum, over((total + eps).sqrt())
-    yield of_sum, over(total.sqrt() + eps)
-    yield of_sum, over(total.sqrt().clamp(min=eps))
-    yield of_sum, over(total.sqrt())
-    missing = "The root is missing. Divide by the root of the mean."
-    yield missing, over(mean + eps)
-    yield missing, over(mean)
-    yield "The root is taken twice. Take it once.", over((mean + eps).sqrt().sqrt())
+    summed = total.sqrt()
+    for norms in ((total + eps).sqrt(), summed + eps, summed.clamp(min=eps), summed):
+        yield "This is the root of the sum. Take the root of the mean.", over(norms)
+    for square in (mean + eps, mean):
+        yield "The root is missing. Divide by the root of the mean.", over(square)
     yield "It multiplies by the root. Divide by it.", over((mean + eps).rsqrt())
     yield "It multiplies by the mean. Divide by its root.", over(1 / (mean + eps))
-    yield "This is weight over the root. Divide x by it.", weight / (mean + eps).sqrt() + 0 * x
     yield "The division is missing. Divide x by the root.", x * weight
 
 
 def wrong_mean(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
-    """Something else than the mean of squares."""
-    wide, mean, sizes = x.float(), x.float().mean(-1, keepdim=True), x.float().abs()
+    """Something else than the mean of squares over D."""
+    wide, mean, size = x.float(), x.float().mean(-1, keepdim=True), x.float().abs()
 
-    def over(root: Tensor, x: Tensor = x) -> Tensor:
-        return divided(x, root, weight)
+    def over(root: Tensor, x: Tensor = wide) -> Tensor:
+        return x / root * weight
 
     layer_norm = "The mean of x is subtracted: that is LayerNorm. Do not subtract it."
     spreads = [wide.var(-1, keepdim=True, correction=less) for less in (0, 1)]
-    for under in (*spreads, mean_square(x)):
-        yield layer_norm, over((under + eps).sqrt(), wide - mean)
+    for square in (*spreads, mean_square(x)):
+        yield layer_norm, over((square + eps).sqrt(), wide - mean)
     deviation = "It divides by the standard deviation. Do not subtract the mean in it."
     for spread in spreads:
         for root in ((spread + eps).sqrt(), spread.sqrt(), spread.sqrt() + eps):
             yield deviation, over(root)
-    of_sizes = "This is the mean of the sizes (abs). Square, then mean, then root."
-    for size in (sizes, (sizes.square() + eps).sqrt(), sizes + eps):
-        yield of_sizes, over(size.mean(-1, keepdim=True))
-    late = "The mean is squared. Square first, then take the mean."
-    yield late, over((mean.square() + eps).sqrt())
+    for sizes in (size, (size.square() + eps).sqrt(), size + eps):
+        of_sizes = "This is the mean of the sizes (abs). Square, then mean, then root."
+        yield of_sizes, over(sizes.mean(-1, keepdim=True))
+    yield "The mean is squared. Square, then take the mean.", over((mean.square() + eps).sqrt())
     yield "It divides by the mean of x. Square, then mean, then root.", over(mean + eps)
-    largest = "It divides by the largest size. Divide by the root of the mean square."
-    yield largest, over(sizes.amax(-1, keepdim=True))
-
-
-def wrong_axis(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
-    def over(dim: int | tuple[int, ...]) -> Tensor:
-        mean = x.float().square().mean(dim, keepdim=True)
-        return divided(x, (mean + eps).sqrt(), weight)
-
-    yield "The mean is over T. Take it over D, the last dimension.", over(1)
-    yield "The mean is over B. Take it over D, the last dimension.", over(0)
+    for name, dim in (("T", 1), ("B", 0)):
+        said = f"The mean is over {name}. Take it over D, the last dimension."
+        yield said, over((mean_square(x, dim) + eps).sqrt())
     for dims in ((0, 1, 2), (1, 2), (0, 1)):
-        yield "The mean is over all tokens. Take one for each token, over D.", over(dims)
+        all_tokens = "The mean is over all tokens. Take one for each token, over D."
+        yield all_tokens, over((mean_square(x, dims) + eps).sqrt())
 
 
 def wrong_weight(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
@@ -117,27 +94,23 @@ def wrong_weight(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
     yield "It multiplies by 1 + weight, as Gemma does. Multiply by weight alone.", y * (1 + weight)
     yield "The weight is added. Multiply by it.", y + weight
     yield "It divides by the weight. Multiply by it.", y / weight
-    yield "The weight is applied twice. Multiply by it once.", y * weight * weight
     yield "The weight comes in before the mean. Multiply by it last.", norm(x * weight, one, eps)
 
 
 def rounded_norm(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
     """What rounds at the wrong place, which shows in bfloat16 alone."""
-    root = (mean_square(x) + eps).sqrt()
+    root, rough = (mean_square(x) + eps).sqrt(), x.square().mean(-1, keepdim=True) + eps
     early = "The weight comes in before rounding. Round to x's dtype first, then multiply."
-    yield early, divided(x, root, weight.float()).to(x.dtype)
-    rounded = "The mean, or the root, is computed in x's dtype. Go to float32 first: x.float()."
-    mean = x.square().mean(-1, keepdim=True)
-    yield rounded, x * (mean + eps).rsqrt() * weight
-    yield rounded, x / (mean + eps).sqrt() * weight
+    yield early, (x.float() / root * weight.float()).to(x.dtype)
+    for y in (x * rough.rsqrt(), x / rough.sqrt()):
+        yield "The mean, or the root, is computed in x's dtype. First: x.float().", y * weight
     late = "The root is rounded to x's dtype before the division. Divide in float32."
     yield late, x / root.to(x.dtype) * weight
     yield late, x * (1 / root).to(x.dtype) * weight
 
 
 def of_rotary(x: Tensor, positions: Tensor, theta: float) -> Mistakes:
-    yield from wrong_positions(x, positions, theta)
-    yield from wrong_frequencies(x, positions, theta)
+    yield from wrong_angles(x, positions, theta)
     yield from wrong_pairs(x, positions, theta)
     yield from wrong_turning(x, positions, theta)
     yield from rounded_angles(x, positions, theta)
@@ -165,75 +138,54 @@ def apart(x: Tensor) -> Tensor:
     return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
 
 
-def wrong_positions(x: Tensor, positions: Tensor, theta: float) -> Mistakes:
-    first, counted = positions[0], torch.arange(len(positions))
-    yield "The angles have the wrong sign. Turn the other way.", turn(x, -positions, theta)
-    from_first = "The first position is subtracted. Use positions as they are."
-    yield from_first, turn(x, positions - first, theta)
-    yield (
-        "Each position is one too large. Use positions as they are.",
-        turn(x, positions + 1, theta),
-    )
-    yield (
-        "Each position is one too small. Use positions as they are.",
-        turn(x, positions - 1, theta),
-    )
-    yield "Tokens are numbered from 0. Use positions.", turn(x, counted, theta)
-    on = "Tokens are numbered from the first position on. Use positions."
-    yield on, turn(x, first + counted, theta)
-
-
-def wrong_frequencies(x: Tensor, positions: Tensor, theta: float) -> Mistakes:
-    angles, at = angles_of(x, positions, theta), positions[:, None].float()
-    C, half = x.shape[3], x.shape[3] // 2
+def wrong_angles(x: Tensor, positions: Tensor, theta: float) -> Mistakes:
+    angles, at, first = angles_of(x, positions, theta), positions[:, None].float(), positions[0]
+    C, half, counted = x.shape[3], x.shape[3] // 2, torch.arange(len(positions))
     i = torch.arange(half)
-    yield "theta is not used: it is 10,000 here.", turn(x, positions, 10000.0)
+
+    def numbered(positions: Tensor) -> Tensor:
+        return turn(x, positions, theta)
+
+    def other_theta(theta: float) -> Tensor:
+        return turn(x, positions, theta)
+
+    yield "The angles have the wrong sign. Turn the other way.", numbered(-positions)
+    yield "The first position is subtracted. Use them as they are.", numbered(positions - first)
+    yield "Each position is one too large. Use positions as they are.", numbered(positions + 1)
+    yield "Each position is one too small. Use positions as they are.", numbered(positions - 1)
+    yield "Tokens are numbered from 0. Use positions.", numbered(counted)
+    yield "Only the first position is used. Use each token's.", numbered(first + counted)
+    yield "theta is not used: it is 10,000 here.", other_theta(10000.0)
     ends = "The exponents end at -1 (linspace). The last is -2i/C with i = C/2 - 1."
     yield ends, turned(x, at * theta ** -torch.linspace(0, 1, half))
-    yield "The exponent is -i/C. It must be -2i/C.", turn(x, positions, theta**0.5)
-    yield "The exponent is -4i/C (or -2i over C/2). It must be -2i/C.", turn(x, positions, theta**2)
-    yield "The exponent has the wrong sign. It must be -2i/C.", turn(x, positions, 1 / theta)
-    yield (
-        "The exponent is rounded (//). Divide by /.",
-        turned(x, at * theta ** (-2 * i // C).float()),
-    )
+    yield "The exponent is -i/C. It must be -2i/C.", other_theta(theta**0.5)
+    yield "The exponent is -4i/C (or -2i over C/2). It must be -2i/C.", other_theta(theta**2)
+    yield "The exponent has the wrong sign. It must be -2i/C.", other_theta(1 / theta)
+    yield "The exponent is rounded (//). Divide by /.", turned(x, at / theta ** -(-2 * i // C))
     yield "i begins at 1. It must begin at 0.", turned(x, at * theta ** (-2 * (i + 1) / C))
     yield "The frequencies are in reverse. Begin with i = 0.", turned(x, angles.flip(1))
     yield "All pairs turn alike. The angle depends on i.", turned(x, at.expand(-1, half))
-    product = "theta is multiplied by the exponent. Raise it to that power."
-    yield product, turned(x, at * theta * (-2 * i / C))
-    alone = "It turns by the frequency alone. Multiply it by the position."
-    yield alone, turned(x, angles / at.clamp(min=1))
-    over = "The position is divided by theta. Raise theta to the power -2i/C."
-    yield over, turned(x, at / theta * (2 * i / C))
-    yield (
-        "The angle is multiplied by 2 pi. It is in radians already.",
-        turned(x, angles * 2 * torch.pi),
-    )
-    degrees = "The angle is taken for degrees. It is in radians already."
-    yield degrees, turned(x, angles * torch.pi / 180)
+    yield "The position is not in the angle. Multiply by it.", turned(x, angles / at.clamp(min=1))
+    yield "The angle is multiplied by 2 pi. It is in radians.", turned(x, angles * 2 * torch.pi)
+    yield "The angle is in degrees. It must be in radians.", turned(x, angles * torch.pi / 180)
 
 
 def wrong_pairs(x: Tensor, positions: Tensor, theta: float) -> Mistakes:
-    angles, half = angles_of(x, positions, theta), x.shape[3] // 2
+    angles, half, right = angles_of(x, positions, theta), x.shape[3] // 2, turn(x, positions, theta)
     u, v = x.chunk(2, dim=-1)
-    paired = "The pairs are neighbours. Pair x_i with x_(i + C/2)."
-    yield paired, apart(turn(neighbours(x), positions, theta))
-    yield paired, turn(neighbours(x), positions, theta)
-    first, second = turn(torch.cat((u, v.flip(3)), dim=-1), positions, theta).chunk(2, dim=-1)
-    mirrored = "x_i is paired from the end. Pair it with x_(i + C/2)."
-    yield mirrored, torch.cat((first, second.flip(3)), dim=-1)
-    a = angles.repeat_interleave(2, dim=-1)
+    paired = turn(neighbours(x), positions, theta)
+    for y in (apart(paired), paired):
+        yield "The pairs are neighbours. Pair x_i with x_(i + C/2).", y
+    a, partners = angles.repeat_interleave(2, dim=-1), torch.cat((-v, u), dim=-1)
     repeated = "Angles are repeated for neighbours. x_i and x_(i + C/2) have the same angle."
-    yield repeated, x * a.cos() + torch.cat((-v, u), dim=-1) * a.sin()
+    yield repeated, x * a.cos() + partners * a.sin()
     a = torch.cat((angles, angles), dim=-1)
-    partners = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    partners = apart(torch.cat((-x[..., 1::2], x[..., ::2]), dim=-1))
     mixed = "The partners are neighbours, but the angles are not. Pair x_i with x_(i + C/2)."
     yield mixed, x * a.cos() + partners * a.sin()
-    yield "The two halves are swapped.", turn(x, positions, theta).roll(half, -1)
-    yield "The halves are taken in reverse.", turn(x.roll(half, -1), positions, theta)
-    together = "The results are interleaved. The first halves come first."
-    yield together, apart(turn(x, positions, theta))
+    yield "The two halves of the result are swapped.", right.roll(half, -1)
+    yield "The two halves of x are swapped.", turn(x.roll(half, -1), positions, theta)
+    yield "The results are interleaved. The first halves come first.", apart(right)
 
 
 def wrong_turning(x: Tensor, positions: Tensor, theta: float) -> Mistakes:
@@ -297,86 +249,71 @@ def causal(q: Tensor, k: Tensor, more: int | None = None) -> Tensor:
 def of_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
     yield from wrong_scale(q, k, v, scale)
     yield from wrong_mask(q, k, v, scale)
-    yield from wrong_masking(q, k, v, scale)
     yield from wrong_softmax(q, k, v, scale)
     yield from wrong_heads(q, k, v, scale)
     yield from wrong_inputs(q, k, v, scale)
 
 
 def wrong_scale(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
+    def by(scale: float) -> Tensor:
+        return attend(q, k, v, scale)
+
     root = q.shape[3] ** -0.5
-    yield "Scores are divided by the root of C. Multiply by scale.", attend(q, k, v, root)
-    too = "Scores are divided by the root of C too. Multiply by scale alone."
-    yield too, attend(q, k, v, scale * root)
-    yield "scale is not used. Multiply the scores by it.", attend(q, k, v, 1.0)
-    yield "Scores are divided by scale. Multiply by it.", attend(q, k, v, 1 / scale)
-    yield "scale is applied twice. Apply it once.", attend(q, k, v, scale**2)
-    yield "The root of scale is taken. Multiply by scale itself.", attend(q, k, v, scale**0.5)
-    late = "scale comes in after the softmax. Multiply the scores by it."
-    yield late, attend(q, k, v, 1.0) * scale
+    yield "Scores are divided by the root of C. Multiply by scale.", by(root)
+    yield "Scores are divided by the root of C too. Multiply by scale alone.", by(scale * root)
+    yield "scale is not used. Multiply the scores by it.", by(1.0)
+    yield "Scores are divided by scale. Multiply by it.", by(1 / scale)
+    yield "scale is applied twice. Apply it once.", by(scale**2)
+    yield "The root of scale is taken. Multiply by scale itself.", by(scale**0.5)
+    yield "scale comes in after the softmax. Multiply the scores by it.", by(1.0) * scale
 
 
 def wrong_mask(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
     """Queries see other keys than they should."""
     T, S, it = q.shape[2], k.shape[2], scored(q, k, v, scale)
-    fewer = causal(q, k, S - T - 1)
+    fewer, from_end = causal(q, k, S - T - 1), causal(q, k, T - S)
     yield "There is no mask: queries see keys ahead. Hide those.", attend(q, k, v, scale, S)
     by_T = "It is causal by T, but keys are more than queries. The last query must see all S keys."
     yield by_T, attend(q, k, v, scale, 0)
     yield "Each query sees one key too many.", attend(q, k, v, scale, S - T + 1)
-    few = "Each query sees one key too few: not the last of its own."
-    yield few, it.masked(fewer)
-    yield few, attend(q, k, v, scale, S - T - 1)
-    yield few, it.masked(fewer, -1e9)
-    future = "The mask is the wrong way round: queries see only what is ahead."
-    yield future, it.masked(~it.seen)
-    yield future, it.masked(~it.seen, -1e9)
-    yield future, it.masked(~fewer)
+    for y in (it.masked(fewer), attend(q, k, v, scale, S - T - 1), it.masked(fewer, -1e9)):
+        yield "Each query sees one key too few: not the last of its own.", y
+    for y in (it.masked(~it.seen), it.masked(~it.seen, -1e9), it.masked(~fewer)):
+        yield "The mask is the wrong way round: queries see only what is ahead.", y
     yield "The mask is the wrong way round, and by T.", it.masked(~causal(q, k, 0))
-    newest = "The queries see the last T keys alone. The older ones count too."
-    yield newest, attend(q, k[:, :, -T:], v[:, :, -T:], scale)
-    offset = "The mask's offset has the wrong sign. The last query must see all S keys."
-    sees = causal(q, k, T - S)
-    yield offset, it.masked(sees)
-    yield offset, it.masked(sees | (torch.arange(S) == 0))
+    newest = attend(q, k[:, :, -T:], v[:, :, -T:], scale)
+    yield "The queries see the last T keys alone. The older ones count too.", newest
+    for sees in (from_end, from_end | (torch.arange(S) == 0)):
+        offset = "The mask's offset has the wrong sign. The last query must see all S keys."
+        yield offset, it.masked(sees)
 
 
-def wrong_masking(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
-    """The right keys are hidden, in the wrong way."""
-    it = scored(q, k, v, scale)
-    hidden = ~it.seen
+def wrong_softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
+    """The right keys are hidden, in the wrong way, or the weights are wrong."""
+    it, minus = scored(q, k, v, scale), "Make them -inf."
+    scores, hidden = it.scores.masked_fill(~it.seen, 0), ~it.seen
     late = "Keys ahead are set to 0 after the softmax. Mask their scores before it."
     yield late, it.mean(it.scores.softmax(-1) * it.seen)
-    zero = "Masked scores are 0 or nearly 0, which is a score like others. Make them -inf."
-    yield zero, it.masked(it.seen, 0.0)
-    yield zero, it.masked(causal(q, k, 0), 0.0)
-    yield "1 is added to masked scores. Make them -inf.", it.mean((it.scores + hidden).softmax(-1))
-    less = "Masked scores are only 1 less than without a mask. Make them -inf."
-    yield less, it.mean((it.scores - 1.0 * hidden).softmax(-1))
-    large = "The masked scores are not small enough: a score may be less. Make them -inf."
+    for seen in (it.seen, causal(q, k, 0)):
+        yield f"Masked scores are 0 or nearly 0, a score like others. {minus}", it.masked(seen, 0.0)
+    yield f"1 is added to masked scores. {minus}", it.mean((it.scores + 1.0 * hidden).softmax(-1))
+    yield f"Masked scores are only 1 less. {minus}", it.mean((it.scores - 1.0 * hidden).softmax(-1))
+    large = f"The masked scores are not small enough: a score may be less. {minus}"
     yield large, it.masked(it.seen, -1.0)
     for value in (-10.0, -20.0, -50.0, -100.0):
         yield large, it.masked(it.seen, value)
         yield large, it.mean((it.scores + value * hidden).softmax(-1))
-    nothing = "All is nan. Does the mask multiply (0 * -inf)? Use masked_fill."
-    yield nothing, torch.full_like(q, torch.nan)
-
-
-def wrong_softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
-    it = scored(q, k, v, scale)
-    scores = it.scores.masked_fill(~it.seen, 0)
-    axis = "The softmax is over the queries (dim=-2). Take it over the keys, dim=-1."
-    yield axis, it.masked(it.seen, dim=-2)
-    axis = "The softmax is over the heads (dim=1). Take it over the keys, dim=-1."
-    yield axis, it.masked(it.seen, dim=1)
+    yield "All is nan. Does the mask multiply (0 * -inf)? Use masked_fill.", q * torch.nan
+    over = "Take it over the keys, dim=-1."
+    yield f"The softmax is over the queries (dim=-2). {over}", it.masked(it.seen, dim=-2)
+    yield f"The softmax is over the heads (dim=1). {over}", it.masked(it.seen, dim=1)
     yield "The softmax is missing.", it.mean(scores)
     yield "These are sigmoids. Take the softmax.", it.mean(it.scores.sigmoid() * it.seen)
     yield "exp is not divided by its sum.", it.mean(it.scores.exp() * it.seen)
-    share = scores / scores.sum(-1, keepdim=True)
-    yield "Scores are divided by their sum. Take the softmax.", it.mean(share)
-    once = it.scores.masked_fill(~it.seen, -torch.inf).softmax(-1)
+    yield "Scores are divided by their sum. Take the softmax.", it.mean(shares(scores))
+    once = it.scores.masked_fill(hidden, -torch.inf).softmax(-1)
     yield "The softmax is taken twice. Take it once.", it.mean(once.softmax(-1))
-    even = it.seen / it.seen.sum(-1, keepdim=True) + 0 * scores
+    even = shares(it.seen + 0 * scores)
     yield "All keys have the same weight. Take the softmax of the scores.", it.mean(even)
 
 
@@ -402,15 +339,15 @@ def wrong_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
     yield "Keys and values are swapped.", attend(q, v, k, scale)
     yield "It gives a mean of keys. Take the values.", attend(q, k, k, scale)
     yield "Scores are of queries and values. Take the keys.", attend(q, v, v, scale)
-    folded = k.transpose(-1, -2).reshape(k.shape) if k.shape[2] == 1 else refolded(k)
-    yield "k is reshaped. Transpose it: k.transpose(-1, -2).", attend(q, folded, v, scale)
+    reshaped = "k is reshaped, or not transposed. Transpose it: k.transpose(-1, -2)."
+    yield reshaped, attend(q, refolded(k), v, scale)
     right = attend(q, k, v, scale)
-    mixed = "Heads and tokens are mixed by a reshape. Use transpose."
-    yield mixed, right.transpose(1, 2).reshape(right.shape)
+    mixed = right.transpose(1, 2).reshape(right.shape)
+    yield "Heads and tokens are mixed by a reshape. Use transpose.", mixed
 
 
 def refolded(x: Tensor) -> Tensor:
-    """What must be transposed to get x as a reshape gives it, with its last dimensions swapped."""
+    """What gives, when it is transposed, x reshaped to the transposed shape."""
     return x.reshape(*x.shape[:-2], x.shape[-1], x.shape[-2]).mT
 
 
@@ -452,72 +389,59 @@ class Step(NamedTuple):
 def of_step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *n: float) -> Mistakes:
     it = Step(q, k, v, keys, values, *n)
     yield from wrong_numbers(it)
-    yield from wrong_turns(it)
     yield from wrong_kept(it)
     yield from wrong_seen(it)
-    yield from other_mistakes(it)
+    yield from wrong_scale_or_theta(it)
 
 
 def wrong_numbers(it: Step) -> Mistakes:
-    at, T = it.at(), it.q.shape[2]
+    at, T, (B, G, L, C), L_on = it.at(), it.q.shape[2], it.keys.shape, "Number them from L."
     from_0 = torch.arange(T)
 
     def every(numbers: Tensor) -> tuple:
         return it.numbered(numbers, numbers)
 
-    L = "Number them from L."
-    yield f"New tokens are numbered from 0 again. {L}", every(from_0)
-    yield f"New tokens are numbered from L + 1. {L}", every(at + 1)
-    yield f"New tokens are numbered from L - 1. {L}", every(at - 1)
-    yield "All new tokens have the number L. Number them L, L + 1, ...", every(0 * at + at[0])
-    last = "All new tokens have the last one's number. Number them L, L + 1, ..."
-    yield last, every(0 * at + at[-1])
-    yield f"New tokens are numbered from L + T. {L}", every(at + T)
-    yield f"New tokens are numbered from T. {L}", every(from_0 + T)
-    for name, size in (
-        ("H", it.q.shape[1]),
-        *zip("BGC", it.keys.shape[:2] + it.keys.shape[3:], strict=True),
-    ):
-        yield f"New tokens are numbered from {name}. {L} It is keys.shape[2].", every(from_0 + size)
-    ends = "They are numbered from the end. Number them from 0, all together."
-    yield ends, every(from_0 + 1 - T)
-    yield ends, every(T - 1 - from_0)
-    yield f"The queries are numbered from 0 again. {L}", it.numbered(from_0, at)
-    yield f"The new keys are numbered from 0 again. {L}", it.numbered(at, from_0)
-
-
-def wrong_turns(it: Step) -> Mistakes:
-    at, theta = it.at(), it.theta
-    still = 0 * at
+    yield f"New tokens are numbered from 0 again. {L_on}", every(from_0)
+    yield f"New tokens are numbered from L + 1. {L_on}", every(at + 1)
+    yield f"New tokens are numbered from L - 1. {L_on}", every(at - 1)
+    yield "All new tokens have the number L. Number them L, L + 1, ...", every(0 * at + L)
+    yield "All new tokens have the last number. Number them L, L + 1, ...", every(0 * at + at[-1])
+    sizes = {"L + T": L + T, "T": T, "H": it.q.shape[1], "B": B, "G": G, "C": C}
+    for name, size in sizes.items():
+        said = f"New tokens are numbered from {name}. {L_on} It is keys.shape[2]."
+        yield said, every(from_0 + size)
+    for ends in (from_0 + 1 - T, T - 1 - from_0):
+        yield "They are numbered from the end. Number them from 0, all together.", every(ends)
+    yield f"The queries are numbered from 0 again. {L_on}", it.numbered(from_0, at)
+    yield f"The new keys are numbered from 0 again. {L_on}", it.numbered(at, from_0)
     yield "The angles have the wrong sign. Turn the other way.", it.numbered(-at, -at)
     yield "The queries are turned the wrong way.", it.numbered(-at, at)
-    yield "The queries are not turned. Turn them too.", it.numbered(still, at)
-    yield "The new keys are not turned. Turn them too.", it.numbered(at, still)
-    yield "Neither queries nor new keys are turned. Turn both.", it.numbered(still, still)
-    y, keys, values = it.but()
-    again = torch.cat((turn(it.keys, torch.arange(at[0]), theta), keys[:, :, at[0] :]), dim=2)
-    said = "The old keys are turned again. Turn the new ones alone."
-    yield said, (it.seeing(again, values), again, values)
-    yield said, (it.seeing(again, values), keys, values)
-    turned_v = torch.cat((it.values, turn(it.v, at, theta)), dim=2)
-    said = "The values are turned. Turn queries and keys alone."
-    yield said, (it.seeing(keys, turned_v), keys, turned_v)
+    yield "The queries are not turned. Turn them too.", it.numbered(0 * at, at)
+    yield "The new keys are not turned. Turn them too.", it.numbered(at, 0 * at)
+    yield "Neither queries nor new keys are turned. Turn both.", every(0 * at)
 
 
 def wrong_kept(it: Step) -> Mistakes:
-    """Wrong keys and values are returned, or are in a wrong order."""
+    """Wrong keys and values, in what is returned or everywhere."""
     (y, keys, values), L = it.but(), it.keys.shape[2]
-    unturned = "The new keys are not turned in what is returned."
-    yield unturned, (y, torch.cat((it.keys, it.k), dim=2), values)
+
+    def kept(keys: Tensor, values: Tensor) -> tuple:
+        return it.seeing(keys, values), keys, values
+
+    again = torch.cat((turn(it.keys, torch.arange(L), it.theta), keys[:, :, L:]), dim=2)
+    for result in (kept(again, values), (it.seeing(again, values), keys, values)):
+        yield "The old keys are turned again. Turn the new ones alone.", result
+    turned_v = torch.cat((it.values, turn(it.v, it.at(), it.theta)), dim=2)
+    yield "The values are turned. Turn queries and keys alone.", kept(keys, turned_v)
+    unturned = torch.cat((it.keys, it.k), dim=2)
+    yield "The new keys are not turned in what is returned.", (y, unturned, values)
     yield "The new tokens are not in the keys and values returned.", (y, it.keys, it.values)
-    alone = "The old tokens are not in the keys and values returned."
-    yield alone, (y, keys[:, :, L:], values[:, :, L:])
-    front_k, front_v = (torch.cat((x[:, :, L:], x[:, :, :L]), dim=2) for x in (keys, values))
-    swapped = "The new tokens stand before the old ones. Put them after."
-    yield swapped, (it.seeing(front_k, front_v), front_k, front_v)
-    yield swapped, (y, front_k, front_v)
-    of_values = "New values stand before the old ones. Put them after, as the keys."
-    yield of_values, (it.seeing(keys, front_v), keys, front_v)
+    new_k, new_v = keys[:, :, L:], values[:, :, L:]
+    yield "The old tokens are not in the keys and values returned.", (y, new_k, new_v)
+    front_k, front_v = torch.cat((new_k, it.keys), dim=2), torch.cat((new_v, it.values), dim=2)
+    for result in (kept(front_k, front_v), (y, front_k, front_v)):
+        yield "The new tokens stand before the old ones. Put them after.", result
+    yield "New values stand before the old ones. Put them after.", kept(keys, front_v)
     yield "Keys and values are swapped in attention.", (it.seeing(values, keys), keys, values)
     yield "Keys and values are swapped in what is returned.", (y, values, keys)
 
@@ -526,10 +450,9 @@ def wrong_seen(it: Step) -> Mistakes:
     """Attention over other keys than it should, or with other heads."""
     (_, keys, values), L, T = it.but(), it.keys.shape[2], it.q.shape[2]
 
-    def seeing(keys: Tensor = keys, values: Tensor = values, last: int | None = None) -> tuple:
-        return it.seeing(keys, values, last), *whole
+    def seeing(k: Tensor = keys, v: Tensor = values, last: int | None = None) -> tuple:
+        return it.seeing(k, v, last), keys, values
 
-    whole = keys, values
     yield "The queries see only the new tokens.", seeing(keys[:, :, L:], values[:, :, L:])
     yield "The queries see only the old tokens.", seeing(it.keys, it.values, L + T)
     yield "There is no mask: new tokens see those after them. Hide those.", seeing(last=L + T)
@@ -537,14 +460,13 @@ def wrong_seen(it: Step) -> Mistakes:
     yield "Each query sees one key too many.", seeing(last=L + 1)
     yield "Each query sees one key too few: not its own.", seeing(last=L - 1)
     groups, must = it.q.shape[1] // keys.shape[1], "It must be head h // (H/G)."
-    tiled = (x.repeat(1, groups, 1, 1) for x in whole)
+    tiled = (x.repeat(1, groups, 1, 1) for x in (keys, values))
     yield f"Query head h uses head h % G. {must}", seeing(*tiled)
     yield f"All query heads use key head 0. {must}", seeing(keys[:, :1], values[:, :1])
 
 
-def other_mistakes(it: Step) -> Mistakes:
-    at, scale, theta = it.at(), it.scale, it.theta
-    root = it.q.shape[3] ** -0.5
+def wrong_scale_or_theta(it: Step) -> Mistakes:
+    at, scale, theta, root = it.at(), it.scale, it.theta, it.q.shape[3] ** -0.5
     yield "Scores are divided by the root of C. Multiply by scale.", it.but(scale=root)
     yield "scale is not used. Multiply the scores by it.", it.but(scale=1.0)
     yield "scale is applied twice. Apply it once.", it.but(scale=scale**2)
@@ -555,131 +477,113 @@ def other_mistakes(it: Step) -> Mistakes:
     def both(act: Callable[[Tensor], Tensor]) -> tuple:
         return it.turning(act, act)
 
-    paired = "The pairs are neighbours. Pair x_i with x_(i + C/2)."
-    yield paired, both(lambda x: apart(turn(neighbours(x), at, theta)))
-    said = "Angles are computed in the inputs' dtype. Far positions need float32."
+    paired = both(lambda x: apart(turn(neighbours(x), at, theta)))
+    yield "The pairs are neighbours. Pair x_i with x_(i + C/2).", paired
     rough_at, frequencies = at[:, None].to(it.q.dtype), angles_of(it.q, torch.ones(1), theta)
     for angles in (rough_at * frequencies.to(it.q.dtype), rough_at * frequencies):
-        yield said, both(lambda x, angles=angles: turned(x, angles).to(x.dtype))
+        rough = both(lambda x, angles=angles: turned(x, angles).to(x.dtype))
+        yield "Angles are computed in the inputs' dtype. Far positions need float32.", rough
 
 
 # ----------------------------------------------------------------------------- mixture of experts
 def of_route(x_ND: Tensor, router_ED: Tensor, K: int) -> Mistakes:
     logits_NE = (x_ND @ router_ED.T).float()
-    yield from wrong_weights(x_ND, router_ED, K)
+    yield from wrong_weights(logits_NE, K)
     yield from wrong_scores(x_ND, router_ED, K)
-    yield from wrong_order(*choose(x_ND, router_ED, K))
+    yield from wrong_order(*best_of(logits_NE, K))
     yield from wrong_experts(logits_NE, K)
 
 
-def wrong_weights(x_ND: Tensor, router_ED: Tensor, K: int) -> Mistakes:
-    """The right experts."""
-    weights_NK, ids_NK = choose(x_ND, router_ED, K)
-    logits_NE = (x_ND @ router_ED.T).float()
-    top_NK, all_NK = logits_NE.gather(1, ids_NK), logits_NE.softmax(-1).gather(1, ids_NK)
+def best_of(scores_NE: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Weights and numbers as route must give them, for any scores."""
+    top = scores_NE.float().topk(K)
+    return top.values.softmax(-1), top.indices
+
+
+def wrong_weights(logits_NE: Tensor, K: int) -> Mistakes:
+    weights_NK, ids_NK = best_of(logits_NE, K)
+    take, top_NK = "Take the softmax of the K scores.", logits_NE.gather(1, ids_NK)
+    all_NK, one = logits_NE.softmax(-1).gather(1, ids_NK), torch.ones_like(top_NK)
     yield "This is the softmax over all experts. Take it over the chosen K.", (all_NK, ids_NK)
-    twice = "The softmax is taken twice. Take it once, over the chosen K."
-    yield twice, (all_NK.softmax(-1), ids_NK)
-    yield twice, (weights_NK.softmax(-1), ids_NK)
-    tokens = "The softmax is over the tokens (dim=0). Take it over the chosen K, dim=-1."
+    for twice in (all_NK.softmax(-1), weights_NK.softmax(-1)):
+        yield "The softmax is taken twice. Take it once, over the chosen K.", (twice, ids_NK)
     of_tokens, by_tokens = logits_NE.softmax(0), logits_NE.softmax(0).topk(K)
+    tokens = "The softmax is over the tokens (dim=0). Take it over the chosen K, dim=-1."
     yield tokens, (top_NK.softmax(0), ids_NK)
     yield tokens, (of_tokens.gather(1, ids_NK), ids_NK)
     yield tokens, by_tokens
-    yield tokens, (by_tokens.values / by_tokens.values.sum(-1, True), by_tokens.indices)
+    yield tokens, (shares(by_tokens.values), by_tokens.indices)
     sigmoids = top_NK.sigmoid()
     yield "These are sigmoids. Take the softmax.", (sigmoids, ids_NK)
-    shares = sigmoids / sigmoids.sum(-1, True)
-    yield "These are sigmoids over their sum. Take the softmax.", (shares, ids_NK)
+    yield "These are sigmoids over their sum. Take the softmax.", (shares(sigmoids), ids_NK)
     yield "These are the scores. Take their softmax.", (top_NK, ids_NK)
-    shares = top_NK / top_NK.sum(-1, True)
-    yield "Scores are divided by their sum. Take their softmax.", (shares, ids_NK)
+    yield "Scores are divided by their sum. Take their softmax.", (shares(top_NK), ids_NK)
     yield "These are exp of the scores. Divide them by their sum.", (top_NK.exp(), ids_NK)
     yield "These are logarithms. Take the softmax.", (top_NK.log_softmax(-1), ids_NK)
-    take, one = "Take the softmax of the K scores.", torch.ones_like(top_NK)
     yield f"All weights are 1/K. {take}", (one / K, ids_NK)
     yield f"All weights are 1. {take}", (one, ids_NK)
     yield f"Probabilities among all experts are divided by K. {take}", (all_NK / K, ids_NK)
-    yield "Weights are multiplied by K. They sum to 1.", (weights_NK * K, ids_NK)
+    yield "Weights are multiplied by K. They sum to 1 already.", (weights_NK * K, ids_NK)
     yield "Weights are divided by K. They sum to 1 already.", (weights_NK / K, ids_NK)
 
 
 def wrong_scores(x_ND: Tensor, router_ED: Tensor, K: int) -> Mistakes:
-    logits_NE = (x_ND @ router_ED.T).float()
-    (E, D), plain = router_ED.shape, "Take the dot products as they are."
-
-    def by(scores_NE: Tensor) -> tuple:
-        top = scores_NE.float().topk(K)
-        return top.values.softmax(-1), top.indices
-
-    yield f"Scores are divided by the root of D. {plain}", by(logits_NE * D**-0.5)
-    yield f"Scores are divided by K. {plain}", by(logits_NE / K)
-    cosines = F.normalize(x_ND.float(), dim=-1) @ F.normalize(router_ED.float(), dim=-1).T
-    yield "These are cosines. Take the dot products.", by(cosines)
-    reshaped = "router_ED is reshaped, or not transposed. Transpose it."
-    yield reshaped, by(x_ND @ router_ED.reshape(D, E))
+    logits_NE, (E, D), x = (x_ND @ router_ED.T).float(), router_ED.shape, x_ND.float()
+    cosines_NE = F.normalize(x, dim=-1) @ F.normalize(router_ED.float(), dim=-1).T
+    folded_NE, plain = x_ND @ router_ED.reshape(D, E), "Take the dot products as they are."
+    yield f"Scores are divided by the root of D. {plain}", best_of(logits_NE * D**-0.5, K)
+    yield f"Scores are divided by K. {plain}", best_of(logits_NE / K, K)
+    yield "These are cosines. Take the dot products.", best_of(cosines_NE, K)
+    yield "router_ED is reshaped, or not transposed. Transpose it.", best_of(folded_NE, K)
 
 
-def wrong_order(weights_NK: Tensor, ids_NK: Tensor) -> Mistakes:
-    order = ids_NK.argsort(1)
-    sorted_NK, sorted_ids = weights_NK.gather(1, order), ids_NK.gather(1, order)
-    yield "The largest must come first.", (weights_NK.flip(1), ids_NK.flip(1))
+def wrong_order(w_NK: Tensor, ids_NK: Tensor) -> Mistakes:
+    order, by = ids_NK.argsort(1), "in the order of experts"
+    sorted_NK, sorted_ids = w_NK.gather(1, order), ids_NK.gather(1, order)
+    yield "The largest must come first.", (w_NK.flip(1), ids_NK.flip(1))
     yield "They are sorted by expert. The largest must come first.", (sorted_NK, sorted_ids)
-    by_id = "Weights are in the order of experts, numbers in that of scores."
-    yield by_id, (sorted_NK, ids_NK)
-    by_id = "Numbers are in the order of experts, weights in that of scores."
-    yield by_id, (weights_NK, sorted_ids)
-    yield "Weights are in reverse: the best has the smallest.", (weights_NK.flip(1), ids_NK)
-    yield "Numbers are in reverse.", (weights_NK, ids_NK.flip(1))
-    yield "Experts are numbered from 1. Number them from 0.", (weights_NK, ids_NK + 1)
+    yield f"Weights are {by}, numbers in that of scores.", (sorted_NK, ids_NK)
+    yield f"Numbers are {by}, weights in that of scores.", (w_NK, sorted_ids)
+    yield "Weights are in reverse: the best has the smallest.", (w_NK.flip(1), ids_NK)
+    yield "Numbers are in reverse.", (w_NK, ids_NK.flip(1))
+    yield "Experts are numbered from 1. Number them from 0.", (w_NK, ids_NK + 1)
 
 
 def wrong_experts(logits_NE: Tensor, K: int) -> Mistakes:
-    N, order = len(logits_NE), logits_NE.argsort(-1, descending=True)
-    weights_NK = logits_NE.topk(K).values.softmax(-1)
+    w_NK, order = best_of(logits_NE, K)[0], logits_NE.argsort(-1, descending=True)
+    first, least = torch.arange(K).expand_as(w_NK), order.flip(1)[:, :K]
 
-    def by(ids_NK: Tensor) -> tuple:
+    def by(ids_NK: Tensor, logits_NE: Tensor = logits_NE) -> tuple:
         return logits_NE.gather(1, ids_NK).softmax(-1), ids_NK
 
     yield "The best expert is left out. Begin with it.", by(order.roll(-1, -1)[:, :K])
-    small, least = "It chooses the smallest scores. Choose the largest.", order.flip(1)[:, :K]
-    yield small, by(least)
-    yield small, by(least.flip(1))
-    yield small, ((-logits_NE).gather(1, least).softmax(-1), least)
-    sizes = "It chooses the largest sizes (abs). Choose the largest scores."
-    signless = logits_NE.abs().topk(K)
-    yield sizes, by(signless.indices)
-    yield sizes, (signless.values.softmax(-1), signless.indices)
-    first = torch.arange(K).expand(N, K)
+    for result in (by(least), by(least.flip(1)), by(least, -logits_NE)):
+        yield "It chooses the smallest scores. Choose the largest.", result
+    largest = logits_NE.abs().topk(K).indices
+    for result in (by(largest), by(largest, logits_NE.abs())):
+        yield "It chooses the largest sizes (abs). Choose the largest scores.", result
     yield "It takes the first K experts. Choose the K largest scores.", by(first)
-    places = "The numbers are places among the chosen. Return the experts' numbers."
-    yield places, (weights_NK, first)
-    yield "It takes the best expert K times. Choose K experts.", by(order[:, :1].expand(N, K))
-    ranks = "These are ranks. Return the numbers of the chosen experts."
-    yield ranks, (weights_NK, order.argsort(1)[:, :K])
+    yield "The numbers are places among the chosen. Return the experts'.", (w_NK, first)
 
 
 def of_expert(x_ND: Tensor, gate_up_PD: Tensor, down_DF: Tensor) -> Mistakes:
-    D, width = down_DF.shape
-    g, u = F.linear(x_ND, gate_up_PD).chunk(2, dim=-1)
+    (D, width), (g, u) = down_DF.shape, F.linear(x_ND, gate_up_PD).chunk(2, dim=-1)
     y_ND, down = one_expert(x_ND, gate_up_PD, down_DF), down_DF.T
+    not_T = "reshaped, or not transposed"
     yield "Gate and up are swapped.", F.silu(u) * g @ down
-    rows_PD, other = apart_rows(gate_up_PD), "The gate is the first half, not every other row."
-    yield other, one_expert(x_ND, rows_PD, down_DF)
-    yield other, one_expert(x_ND, rows_PD.roll(width, 0), down_DF)
+    for rows_PD in (apart_rows(gate_up_PD), apart_rows(gate_up_PD).roll(width, 0)):
+        other = "The gate is the first half, not every other row."
+        yield other, one_expert(x_ND, rows_PD, down_DF)
     for said, hidden in wrong_hidden(g, u):
         yield said, hidden @ down
-    reshaped = "down_DF is reshaped, or not transposed. Transpose it."
-    yield reshaped, F.silu(g) * u @ down_DF.reshape(width, D)
+    yield f"down_DF is {not_T}. Transpose it.", F.silu(g) * u @ down_DF.reshape(width, D)
     yield "silu comes after down. Apply it to g, before.", F.silu(g * u @ down)
-    reshaped = "gate_up_PD is reshaped, or not transposed. Transpose it."
-    yield reshaped, one_expert(x_ND, refolded(gate_up_PD), down_DF)
+    folded = one_expert(x_ND, refolded(gate_up_PD), down_DF)
+    yield f"gate_up_PD is {not_T}. Transpose it.", folded
     late = F.linear(x_ND, gate_up_PD[width - 1 : -1])
     yield "The up begins one row too early. It begins at row F.", F.silu(g) * late @ down
     yield "x is added. The layer does that later.", y_ND + x_ND
     yield "silu is applied to the result too. Apply it to g alone.", F.silu(y_ND)
-    yield "The result is multiplied by x.", y_ND * x_ND
-    yield "The result is divided by the root of F.", y_ND * width**-0.5
 
 
 def apart_rows(gate_up: Tensor) -> Tensor:
@@ -706,12 +610,8 @@ def wrong_hidden(g: Tensor, u: Tensor) -> Mistakes:
     yield "u is missing: multiply silu(g) by u.", F.silu(g)
     yield "silu(g) is missing: only u is there.", u
     yield "This is silu(u), without g. Take silu(g) * u.", F.silu(u)
-    yield (
-        "silu(g) is multiplied by g (is u made of the gate too?). Multiply it by u.",
-        F.silu(g) * g,
-    )
+    yield "silu(g) is multiplied by g (or g is used as u). Multiply it by u.", F.silu(g) * g
     yield "silu is applied twice. Apply it once.", F.silu(F.silu(g)) * u
-    yield f"This is sigmoid(g) * u * u. {take}", g.sigmoid() * u * u
     yield f"This is g * sigmoid(-g). {take}", g * (-g).sigmoid() * u
     yield "1 is added to u. Multiply silu(g) by u.", F.silu(g) * (u + 1)
 
@@ -744,7 +644,6 @@ def of_experts(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor)
     yield from wrong_choice(it)
     yield from wrong_matrices(it)
     yield from wrong_ids(it)
-    yield from every_expert(it)
     yield from wrong_rows(it)
     yield from wrong_inside(it)
     yield from rounded_sum(it)
@@ -758,28 +657,22 @@ def of_loop(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor) ->
 
 def wrong_sum(it: Experts) -> Mistakes:
     """Weights and sums."""
-    w, ids, (E, (_, K)) = it.w, it.ids, (len(it.down), it.w.shape)
-    y, plain = it.but(), it.but(w=it.w**0)
+    w, ids, E, K = it.w, it.ids, len(it.down), it.w.shape[1]
+    y, plain, by_id = it.but(), it.but(w=w**0), ids.argsort(1).argsort(1)
+    shares_E = torch.zeros(E, dtype=w.dtype).index_add(0, ids.flatten(), w.flatten())
     yield "The weights are not applied (or added up over K: that is 1).", plain
     yield "The weights are applied twice. Apply them once.", it.but(w=w * w)
     yield "The weights' softmax is taken. They are weights already.", it.but(w=w.softmax(-1))
     yield "The weight of the first choice is used for all.", it.but(w=w[:, :1].expand_as(w))
     yield "The weight of the last choice is used for all.", it.but(w=w[:, -1:].expand_as(w))
     yield "The weights are in reverse.", it.but(w=w.flip(1))
-    by_id = "Weights go by the order of experts. They go by that of choices."
-    yield by_id, it.but(w=w.gather(1, ids.argsort(1).argsort(1)))
+    yield "Weights are in the order of experts, not of choices.", it.but(w=w.gather(1, by_id))
     yield "Each weight is divided by K. They sum to 1 already.", y / K
-    yield "The sum is divided by E. Take the sum.", y / E
-    yield "The choices' mean is taken, without weights.", plain / K
-    shares_E = torch.zeros(E, dtype=w.dtype).index_add(0, ids.flatten(), w.flatten())
-    by_expert = "Weights are divided by their sum over an expert's tokens. Use them as they are."
-    yield by_expert, it.but(w=w / shares_E[ids])
-    by_token = "Weights are divided by their sum over tokens. Use them as they are."
-    yield by_token, it.but(w=w / w.sum(0))
-    column = "Expert e takes column e of the weights. Take that of the choice."
-    yield column, it.but(w=w.gather(1, ids % K))
-    lost = "Everything is 0: a sum is thrown away (index_add without _, or y[ids][mask] += ...)."
-    yield lost, y * 0
+    yield "Weights are divided by their sum over an expert's tokens.", it.but(w=w / shares_E[ids])
+    yield "Weights are divided by their sum over tokens.", it.but(w=w / w.sum(0))
+    column = it.but(w=w.gather(1, ids % K))
+    yield "Expert e takes column e of the weights. Take that of the choice.", column
+    yield "Everything is 0: is a sum thrown away (index_add without _, y[ids][mask] += ...)?", y * 0
     yield "x is added. The layer does that later.", y + it.x
 
 
@@ -788,85 +681,76 @@ def wrong_choice(it: Experts) -> Mistakes:
     w, ids, first = it.w, it.ids, torch.arange(it.w.shape[1]) == 0
     last = first.flip(0)
     yield "Only the first choice of a token is in the sum. Add up all K.", it.but(w=w * first)
-    alone = "Only the first choice is used, with weight 1. Add up all K, with their weights."
-    yield alone, it.but(w=w**0 * first)
+    yield "Only the first choice is used, with weight 1. Add up all K.", it.but(w=w**0 * first)
     once = "Only the last choice of a token is in the sum. (y[tokens] += ... adds one row a token.)"
     yield once, it.but(w=w * last)
     yield "The first choice of a token is left out.", it.but(w=w * ~first)
     yield "The last choice of a token is left out.", it.but(w=w * ~last)
-    replaces = "A later expert replaces what an earlier one gave. Add them."
-    yield replaces, it.but(w=w * (ids == ids.amax(1, keepdim=True)))
-    yield replaces, it.but(w=w * (ids == ids.amin(1, keepdim=True)))
+    for one in (ids.amax(1, keepdim=True), ids.amin(1, keepdim=True)):
+        replaces = "Only one expert of a token is left: it replaces what an earlier one gave. Add."
+        yield replaces, it.but(w=w * (ids == one))
 
 
 def wrong_matrices(it: Experts) -> Mistakes:
-    x, w, ids, width = it.x, it.w, it.ids, it.down.shape[2]
-    reshaped = "gate_up_EPD is reshaped. Swap its last two dimensions: transpose(1, 2)."
-    yield reshaped, it.but(gate_up=refolded(it.gate_up))
-    reshaped = "down_EDF is reshaped, or not transposed. Swap its last two: transpose(1, 2)."
-    yield reshaped, it.but(down=refolded(it.down))
+    w, ids, width, swap = it.w, it.ids, it.down.shape[2], "Swap its last two: transpose(1, 2)."
+    yield f"gate_up_EPD is reshaped. {swap}", it.but(gate_up=refolded(it.gate_up))
+    not_T = f"down_EDF is reshaped, or not transposed. {swap}"
+    yield not_T, it.but(down=refolded(it.down))
     yield "Gate and up are swapped.", it.but(gate_up=it.gate_up.roll(width, 1))
-    other = "The gate is the first half, not every other row."
-    yield other, it.but(gate_up=apart_rows(it.gate_up))
+    rows_EPD = apart_rows(it.gate_up)
+    yield "The gate is the first half, not every other row.", it.but(gate_up=rows_EPD)
     gate_up_NPD = torch.einsum("nk,nkpd->npd", w, it.gate_up[ids])
     down_NDF = torch.einsum("nk,nkdf->ndf", w, it.down[ids])
-    merged = "The matrices are averaged first. Experts are not linear: weigh their outputs."
-    yield merged, it._replace(gate_up=gate_up_NPD, down=down_NDF).rows(x, torch.arange(len(x)))
+    merged = it._replace(gate_up=gate_up_NPD, down=down_NDF).rows(it.x, torch.arange(len(w)))
+    yield "The matrices are averaged first. Experts are not linear: weigh their outputs.", merged
 
 
 def wrong_ids(it: Experts) -> Mistakes:
     """Sums over other experts than the chosen ones."""
     E, (N, K), w, ids = len(it.down), it.w.shape, it.w, it.ids
     yield "Expert 0 is left out. Begin with it.", it.but(w=w * (ids != 0))
-    yield "The last expert is left out. There are E.", it.but(w=w * (ids != E - 1))
-    yield "The last expert is left out. There are E.", it.but(w=w * (ids != ids.max()))
+    for lost in (E - 1, ids.max()):
+        yield "The last expert is left out. There are E.", it.but(w=w * (ids != lost))
     yield "Choice k uses expert k. Use expert_ids_NK.", it.but(ids=torch.arange(K).expand(N, K))
-    yield "All tokens use the first token's experts.", it.but(ids=ids[:1].expand(N, K))
     yield "Each expert's number is one too large.", it.but(ids=(ids + 1) % E)
     yield "Each expert's number is one too small.", it.but(ids=(ids - 1) % E)
-    shifted = "Each choice goes to the next expert. (Are the runs' ends their beginnings?)"
-    yield shifted, it.but(w=w * (ids + 1 < E), ids=(ids + 1) % E)
+    shifted = it.but(w=w * (ids + 1 < E), ids=(ids + 1) % E)
+    yield "Each choice goes to the next expert. (Are the runs' ends their beginnings?)", shifted
     yield "All experts use the same matrices, those of expert 0.", it.but(ids=ids * 0)
-
-
-def every_expert(it: Experts) -> Mistakes:
-    """Experts that were not chosen have a part in the sum."""
-    E, N, w, ids = len(it.down), len(it.w), it.w, it.ids
-    every = torch.arange(E).expand(N, E)
-    chosen = "Each expert sees all tokens. Only those that chose it count."
-    yield chosen, it.but(w=w.new_ones(N, E), ids=every)
-    yield chosen, it.but(w=w[:, :1].expand(N, E), ids=every)
-    shares_E = torch.zeros(E, dtype=w.dtype).index_add(0, ids.flatten(), w.flatten())
-    one = "Each expert has one weight for all tokens. Each choice has its own."
-    yield one, it.but(w=shares_E.expand(N, E), ids=every)
-    soft = torch.zeros(N, E).scatter(1, ids, w.float()).softmax(-1)
-    said = "Experts that were not chosen get a weight (a softmax over zeros). Leave them at 0."
-    yield said, it.but(w=soft, ids=every)
+    every = it._replace(ids=torch.arange(E).expand(N, E))
+    for one in (w.new_ones(N, E), w[:, :1].expand(N, E)):
+        yield "Each expert sees all tokens. Only those that chose it count.", every.but(w=one)
+    sums_E = torch.zeros(E, dtype=w.dtype).index_add(0, ids.flatten(), w.flatten())
+    same = every.but(w=sums_E.expand(N, E))
+    yield "Each expert has one weight for all tokens. Each choice has its own.", same
+    soft = every.but(w=torch.zeros(N, E).scatter(1, ids, w.float()).softmax(-1))
+    yield "Experts that were not chosen get a weight (a softmax over zeros). Give them 0.", soft
 
 
 def wrong_rows(it: Experts) -> Mistakes:
     """One row for each of the N * K choices, in a wrong order or with a wrong token."""
-    x, w_M, (N, K) = it.x, it.w.flatten()[:, None], it.w.shape
-    ids_M, (order, tokens, _) = it.ids.flatten(), granitemoe.sort_by_expert(it.ids, len(it.down))
-    rows = it.rows(x.repeat_interleave(K, dim=0), ids_M)
-    wrong, back = it.rows(x.repeat(K, 1), ids_M) * w_M, order.argsort()
-    modulo = "Choice p belongs to token p // K, not p % N."
-    yield modulo, torch.zeros_like(x).index_add(0, torch.arange(N * K) % N, wrong)
-    yield modulo, it.summed(wrong)
-    inputs = "The weights are on the input. Multiply the expert's output."
-    yield inputs, it.summed(it.rows(x.repeat_interleave(K, dim=0) * w_M, ids_M))
+    w_M, ids_M, (N, K) = it.w.flatten()[:, None], it.ids.flatten(), it.w.shape
+    order, tokens, _ = granitemoe.sort_by_expert(it.ids, len(it.down))
+    repeated = it.x.repeat_interleave(K, dim=0)
+    rows, wrong = it.rows(repeated, ids_M), it.rows(it.x.repeat(K, 1), ids_M) * w_M
+
+    def added(tokens: Tensor, rows: Tensor) -> Tensor:
+        return torch.zeros_like(it.x).index_add(0, tokens, rows)
+
+    for y in (added(torch.arange(N * K) % N, wrong), it.summed(wrong)):
+        yield "Choice p belongs to token p // K, not p % N.", y
+    weighed = it.summed(it.rows(repeated * w_M, ids_M))
+    yield "The weights are on the input. Multiply the expert's output.", weighed
+    lined = it.rows(repeated, ids_M[order])[order.argsort()]
     unsorted = "The rows are not gathered in the order of experts. Take x_ND[tokens_M]."
-    lined = it.rows(x.repeat_interleave(K, dim=0), ids_M[order])
-    yield unsorted, it.summed(lined[back] * w_M)
-    yield unsorted, torch.zeros_like(x).index_add(0, tokens, lined * w_M[order])
-    put_back = "Rows are in the order of experts. Put them back in the order of tokens."
-    yield put_back, it.summed(rows[order] * w_M)
-    yield put_back, it.summed((rows * w_M)[order])
-    weights = "Weights are in the order of tokens, rows in that of experts. Reorder the weights."
-    yield weights, torch.zeros_like(x).index_add(0, tokens, rows[order] * w_M)
-    inverse = "Rows are put back by order. Use its inverse, order.argsort()."
-    yield inverse, it.summed(rows[order][order] * w_M)
-    yield inverse, it.summed((rows * w_M)[order][order])
+    yield unsorted, it.summed(lined * w_M)
+    for y in (rows[order] * w_M, (rows * w_M)[order]):
+        put_back = "Rows are in the order of experts. Put them back in the order of tokens."
+        yield put_back, it.summed(y)
+    unmatched = added(tokens, rows[order] * w_M)
+    yield "Weights are in the order of tokens, rows in that of experts.", unmatched
+    for y in (rows[order][order] * w_M, (rows * w_M)[order][order]):
+        yield "Rows are put back by order. Use its inverse, order.argsort().", it.summed(y)
     by_token = "The rows lie token by token: view them as (N, K, D), not (K, N, D)."
     yield by_token, (rows * w_M).view(K, N, -1).sum(dim=0)
 
@@ -875,37 +759,37 @@ def wrong_inside(it: Experts) -> Mistakes:
     """Within an expert."""
     g, u = torch.einsum("nd,nkpd->nkp", it.x, it.gate_up[it.ids]).chunk(2, dim=-1)
     down, w = it.down[it.ids], it.w
-    early = F.silu(g * w[..., None]) * u
-    on_g = "The weights are on g. Multiply the expert's output."
-    yield on_g, torch.einsum("nkf,nkdf->nd", early, down)
+    early = torch.einsum("nkf,nkdf->nd", F.silu(g * w[..., None]) * u, down)
+    yield "The weights are on g. Multiply the expert's output.", early
     for said, hidden in wrong_hidden(g, u):
         yield said, torch.einsum("nkf,nkdf,nk->nd", hidden, down, w)
 
 
 def rounded_sum(it: Experts) -> Mistakes:
     """What shows in bfloat16 alone."""
-    said = "The sum is kept in x's dtype, which rounds after each expert. Keep it in float32."
-    sums = [torch.zeros_like(it.x), torch.zeros_like(it.x)]
+    by_expert, by_choice = torch.zeros_like(it.x), torch.zeros_like(it.x)
     for e in range(len(it.down)):
-        sums[0] = sums[0] + it.but(w=it.w * (it.ids == e))
-    for choice in range(it.w.shape[1]):
-        sums[1] = sums[1] + it.but(w=it.w[:, choice, None], ids=it.ids[:, choice, None])
-    for rough in sums:
-        yield said, rough
+        by_expert = by_expert + it.but(w=it.w * (it.ids == e))
+    for w, ids in zip(it.w.T, it.ids.T, strict=True):
+        by_choice = by_choice + it.but(w=w[:, None], ids=ids[:, None])
+    for y in (by_expert, by_choice):
+        yield "The sum is kept in x's dtype, which rounds after each expert. Keep it in float32.", y
 
 
 def wrong_loop(it: Experts) -> Mistakes:
     """A loop that leaves out experts."""
-    E, w, ids = len(it.down), it.w, it.ids
-    returned = "Only the first expert is in the sum. Does `return` stand inside the loop?"
-    yield returned, it.but(w=w * (ids == 0))
-    last = "Only the last expert is in the sum. Add to y within the loop."
-    yield last, it.but(w=w * (ids == E - 1))
-    yield last, it.but(w=w * (ids == ids.max()))
-    yield "Only K experts are tried. Loop over all E.", it.but(w=w * (ids < w.shape[1]))
-    idle = ids.flatten().bincount(minlength=E) == 0
+    E, ids = len(it.down), it.ids
+
+    def only(some: Tensor) -> Tensor:
+        return it.but(w=it.w * some)
+
+    yield "Only expert 0 is in the sum. Does `return` stand inside the loop?", only(ids == 0)
+    for e in (E - 1, ids.max()):
+        yield "Only the last expert is in the sum. Add to y within the loop.", only(ids == e)
+    yield "Only K experts are tried. Loop over all E.", only(ids < ids.shape[1])
+    before_idle = (ids.flatten().bincount(minlength=E) == 0).cumsum(0) == 0
     ends = "The loop ends at the first expert without tokens. Go on: continue, not break."
-    yield ends, it.but(w=w * (idle.cumsum(0) == 0)[ids])
+    yield ends, only(before_idle[ids])
 
 
 # ----------------------------------------------------------------------------------- balance loss
@@ -934,69 +818,55 @@ def wrong_factor(logits_NE: Tensor, K: int) -> Mistakes:
     yield "It is multiplied by K. Leave that out.", loss * K
     yield "It is divided by K, and not multiplied by E. Multiply by E alone.", loss / E / K
     yield "It is multiplied by K, not by E.", loss / E * K
-    yield "It is divided by K twice. Leave that out.", loss / K / K
     yield "One of the two means is a sum over tokens. Divide it by N.", loss * N
     yield "Both means are sums over tokens. Divide both by N.", loss * N * N
-    yield "1 is subtracted.", loss - 1
-    yield "K is subtracted.", loss - K
     yield "The sign is wrong.", -loss
 
 
 def wrong_product(logits_NE: Tensor, K: int) -> Mistakes:
     probs_NE, chosen_NE = logits_NE.softmax(-1), counted(logits_NE, K)
-    f_E, p_E, E = chosen_NE.mean(0), probs_NE.mean(0), logits_NE.shape[1]
-    choices = "Choices are multiplied by choices. Multiply them by mean probabilities."
-    yield choices, loss_of(f_E, f_E)
-    yield choices, loss_of(f_E / K, f_E / K)
-    twice = "It is p * p: probabilities twice. Multiply choices by mean probabilities."
-    yield twice, loss_of(p_E, p_E)
-    yield twice, K * loss_of(p_E, p_E)
-    yield twice, E * probs_NE.square().mean(0).sum()
-    always = "It is always E * K. Multiply choices and probabilities of the same expert."
-    yield always, E * f_E.sum()
+    f_E, p_E, E, by = chosen_NE.mean(0), probs_NE.mean(0), logits_NE.shape[1], "Multiply choices by"
+    for loss in (loss_of(f_E, f_E), loss_of(f_E / K, f_E / K)):
+        yield "Choices are multiplied by choices. Multiply them by mean probabilities.", loss
+    for loss in (loss_of(p_E, p_E), K * loss_of(p_E, p_E), E * probs_NE.square().mean(0).sum()):
+        yield f"It is p * p: probabilities twice. {by} mean probabilities.", loss
+    yield f"It is always E * K. {by} probabilities of the same expert.", E * f_E.sum()
     yield "The choices are missing: it is always E. Multiply by them.", E * p_E.sum()
     yield "Choices and probabilities are added. Multiply them.", E * (f_E + p_E).sum()
-    each = "Choices and probabilities are multiplied token by token. Take both means first."
     by_token = (chosen_NE * probs_NE).mean(0).sum()
-    for factor in (E, 1, E / K):
-        yield each, factor * by_token
-    over_experts = "The means are over experts. Take them over tokens."
-    products = chosen_NE.mean(1) * probs_NE.mean(1)
-    yield over_experts, E * products.sum()
-    yield over_experts, E * products.mean()
-    variance = "This is the variance of the load. Multiply choices by probabilities."
-    yield variance, E * (f_E / f_E.sum() - 1 / E).square().sum()
+    for loss in (E * by_token, by_token, E / K * by_token):
+        yield "Choices and probabilities are multiplied by token. Take both means first.", loss
+    over_experts = E * chosen_NE.mean(1) * probs_NE.mean(1)
+    for loss in (over_experts.sum(), over_experts.mean()):
+        yield "The means are over experts. Take them over tokens.", loss
 
 
 def wrong_probabilities(logits_NE: Tensor, K: int) -> Mistakes:
     probs_NE, chosen_NE = logits_NE.softmax(-1), counted(logits_NE, K)
-    f_E, kept_NE, over_tokens = chosen_NE.mean(0), probs_NE * chosen_NE, logits_NE.softmax(0)
+    f_E, kept_NE, of_tokens = chosen_NE.mean(0), probs_NE * chosen_NE, logits_NE.softmax(0)
     tokens = "The softmax is over the tokens (dim=0). Take it over the experts, dim=-1."
-    yield tokens, loss_of(f_E, over_tokens.mean(0))
-    yield tokens, loss_of(counted(over_tokens, K).mean(0), over_tokens.mean(0))
-    some = "Probabilities are of the chosen alone. Take the mean over all."
-    yield some, loss_of(f_E, kept_NE.mean(0))
-    yield some, loss_of(f_E, (kept_NE / kept_NE.sum(-1, keepdim=True)).mean(0))
+    yield tokens, loss_of(f_E, of_tokens.mean(0))
+    for kept in (kept_NE, shares(kept_NE)):
+        some = "Probabilities are of the chosen alone. Take the mean over all."
+        yield some, loss_of(f_E, kept.mean(0))
     yield "These are the scores. Take their softmax.", loss_of(f_E, logits_NE.mean(0))
     yield "These are sigmoids. Take the softmax.", loss_of(f_E, logits_NE.sigmoid().mean(0))
-    early = "It is the softmax of mean scores. Take the mean of softmaxes."
-    yield early, loss_of(f_E, logits_NE.mean(0).softmax(0))
-    log = "The logarithm of the probabilities is taken. Leave it out."
-    yield log, loss_of(f_E, probs_NE.log().mean(0))
-    yield log, -loss_of(f_E, logits_NE.log_softmax(-1).mean(0))
+    early = loss_of(f_E, logits_NE.mean(0).softmax(0))
+    yield "It is the softmax of mean scores. Take the mean of softmaxes.", early
+    log_loss = loss_of(f_E, logits_NE.log_softmax(-1).mean(0))
+    for loss in (log_loss, -log_loss):
+        yield "The logarithm of the probabilities is taken. Leave it out.", loss
 
 
 def wrong_counts(logits_NE: Tensor, K: int) -> Mistakes:
     (N, E), probs_NE, best = logits_NE.shape, logits_NE.softmax(-1), "A token chooses its K best."
-    p_E = probs_NE.mean(0)
-    least = counted(-logits_NE, K).mean(0)
-    yield f"It counts the smallest scores. {best}", loss_of(least, p_E)
-    above = (probs_NE > 1 / E).float().mean(0)
-    yield f"It counts experts over 1/E. {best}", loss_of(above, p_E)
+    p_E, least_NE, above_NE = probs_NE.mean(0), counted(-logits_NE, K), probs_NE > 1 / E
+    yield f"It counts the smallest scores. {best}", loss_of(least_NE.mean(0), p_E)
+    yield f"It counts experts over 1/E. {best}", loss_of(above_NE.float().mean(0), p_E)
     counts = logits_NE.topk(K).indices.flatten().bincount() / N
-    fits = len(counts) in (1, E)  # else PyTorch cannot multiply
-    lacking = "The counts lack the last experts. bincount takes minlength=E."
-    yield lacking, loss_of(counts if fits else torch.tensor(torch.nan), p_E)
+    if len(counts) not in (1, E):  # PyTorch cannot multiply them
+        counts = torch.tensor(torch.nan)
+    yield "The counts lack the last experts. bincount takes minlength=E.", loss_of(counts, p_E)
 
 
 # -------------------------------------------------------------------------------------- the next id
@@ -1018,16 +888,11 @@ def ranked(probs: Tensor) -> Ranked:
     return Ranked(*probs.sort(descending=True, stable=True))
 
 
-def shares(probs: Tensor) -> Tensor:
-    return probs / probs.sum(-1, keepdim=True)
-
-
 def of_top_p(logits: Tensor, p: float) -> Mistakes:
     probs = logits.softmax(dim=-1)
     yield from wrong_division(logits, p)
     yield from one_off(probs, p)
     yield from wrong_cut(probs, p)
-    yield from compared_alone(probs, p)
     yield from unsorted(probs, p)
     yield from over_batch(logits, p)
 
@@ -1035,142 +900,111 @@ def of_top_p(logits: Tensor, p: float) -> Mistakes:
 def wrong_division(logits: Tensor, p: float) -> Mistakes:
     """The right ids stay."""
     probs, right = logits.softmax(-1), keep(logits, p)
-    stay = right > 0
-    kept = probs * stay
+    stay, (down, order) = right > 0, right.sort(descending=True, stable=True)
+    kept, order = probs * stay, ranked(probs).order
     yield "What stays is not divided by its sum. Divide it.", kept
     yield "What stays is divided by p. Divide it by its sum.", kept / p
-    all_rows = "It is divided by the sum of all rows. Divide each by its own."
-    yield all_rows, kept / kept.sum()
-    twice = "The softmax is taken of probabilities. Divide them by their sum."
-    yield twice, kept.softmax(-1)
-    yield twice, probs.masked_fill(~stay, -torch.inf).softmax(-1)
-    yield twice, right.softmax(-1)
+    yield "It is divided by the sum of all rows. Divide each by its own.", kept / kept.sum()
+    again = probs.masked_fill(~stay, -torch.inf)
+    for y in (kept.softmax(-1), again.softmax(-1), right.softmax(-1)):
+        yield "The softmax is taken of probabilities. Divide them by their sum.", y
     yield "The dropped logits are 0. Make them -inf.", (logits * stay).softmax(-1)
     yield "These are ones. Give probabilities.", stay.float()
-    equal = "What stays is equally likely. Keep the probabilities' proportions."
-    yield equal, shares(stay.float())
+    even = shares(stay.float())
+    yield "What stays is equally likely. Keep the probabilities' proportions.", even
     yield "These are logits. Give probabilities.", logits.masked_fill(~stay, -torch.inf)
-    order_of = "They are sorted. Put them in the order of ids."
-    yield order_of, right.sort(descending=True).values
-    gathered = "Put back by gather with order; that takes scatter, or its inverse."
-    down, order = ranked(probs)
-    yield gathered, right.sort(descending=True, stable=True).values.gather(-1, order)
+    yield "They are sorted. Put them in the order of ids.", down
+    gathered = down.gather(-1, order)
+    yield "Put back by gather with order; that takes scatter, or its inverse.", gathered
 
 
 def one_off(probs: Tensor, p: float) -> Mistakes:
     it = ranked(probs)
     mass, best = it.down.cumsum(-1), torch.arange(probs.shape[1]) == 0
     stay = mass - it.down < p
-    dropped = "The id with which the sum reaches p is dropped. It stays."
     for fewer in (mass <= p, mass < p):
-        yield dropped, it.of(fewer)
-        yield dropped, it.of(fewer).nan_to_num(0.0)
-        yield dropped, it.apart(fewer)
-        yield dropped, it.of(fewer | best)
-        yield dropped, it.apart(fewer | best)
+        cut, some = it.apart(fewer), it.apart(fewer | best)
+        for y in (shares(cut), shares(cut).nan_to_num(0.0), cut, shares(some), some):
+            yield "The id with which the sum reaches p is dropped. It stays.", y
     yield "One id too many stays.", it.of(F.pad(stay[:, :-1], (1, 0), value=True))
-    few, fewer = "One id too few stays.", F.pad(stay[:, 1:], (0, 1))
-    yield few, it.of(fewer)
-    yield few, it.of(fewer | best)
+    fewer, is_best = F.pad(stay[:, 1:], (0, 1)), probs == probs.amax(-1, keepdim=True)
     value = probs.masked_fill(it.apart(stay) == 0, 2.0).amin(-1, keepdim=True)
-    yield few, shares(probs * ((probs > value) | (probs == probs.amax(-1, keepdim=True))))
+    above = shares(probs * ((probs > value) | is_best))
+    for y in (it.of(fewer), it.of(fewer | best), above):
+        yield "One id too few stays.", y
     yield "The likeliest id is dropped. It always stays.", it.of(stay & ~best)
     yield "Of equally likely ids more stay than needed.", shares(probs * (probs >= value))
-    marked = "What stays is marked in sorted order, but used in the order of ids."
-    yield marked, shares(probs * stay)
+    marked = shares(probs * stay)
+    yield "What stays is marked in sorted order, but used in the order of ids.", marked
 
 
 def wrong_cut(probs: Tensor, p: float) -> Mistakes:
     """Much more or less stays."""
     it, V = ranked(probs), probs.shape[1]
     stay, place = it.down.cumsum(-1) - it.down < p, torch.arange(V)
-    nothing = "Nothing is dropped. (Is the sum over the rows, dim=0? Take it over the ids.)"
-    yield nothing, probs
-    yield nothing, it.of(it.down.cumsum(0) - it.down < p)
+    yield "Nothing is dropped. (Is the sum over the rows, dim=0? Take it over the ids.)", probs
     yield "Only the likeliest id stays.", it.of(place == 0)
     yield "This keeps 1 - p. Keep p.", keep(probs.log(), 1 - p if p < 1 else 1e-9)
-    share = "This keeps a share p of the ids. Their probabilities must add up to p."
     for count in (max(1, round(p * V)), int(p * V), max(1, int(p * V))):
+        share = "This keeps a share p of the ids. Their probabilities must add up to p."
         yield share, it.of(place < count)
-    cut = "All rows have the same cut. Each has its own."
-    yield cut, it.of(stay.any(0, keepdim=True).expand_as(stay))
-    yield cut, it.of(stay[:1].expand_as(stay))
-
-
-def compared_alone(probs: Tensor, p: float) -> Mistakes:
-    it = ranked(probs)
-    down, best = it.down, torch.arange(probs.shape[1]) == 0
+    for cut in (stay.any(0, keepdim=True), stay[:1]):
+        yield "All rows have the same cut. Each has its own.", it.of(cut.expand_as(stay))
     low = "This is min-p: ids of at least p times the largest. Add up probabilities."
-    yield low, it.of(down >= p * down[:, :1])
-    yield low, it.of(down > p * down[:, :1])
-    alone = "Each probability is compared with p. Compare their sum."
-    yield alone, it.of(down >= p)
-    yield alone, it.of(down >= p).nan_to_num(0.0)
-    yield alone, it.of((down >= p) | best)
-    yield alone, it.of(down >= 1 - p)
-    yield alone, it.of(down < p)
+    yield low, it.of(it.down >= p * it.down[:, :1])
+    yield low, it.of(it.down > p * it.down[:, :1])
+    large = it.of(it.down >= p)
+    some = [it.of(kept) for kept in (it.down >= 1 - p, it.down < p, (it.down >= p) | (place == 0))]
+    for y in (large, large.nan_to_num(0.0), *some):
+        yield "Each probability is compared with p. Compare their sum.", y
 
 
 def unsorted(probs: Tensor, p: float) -> Mistakes:
     it = Ranked(*probs.sort(stable=True))
-    least = "The sum begins with the unlikeliest. Begin with the likeliest."
     mass = it.down.cumsum(-1)
     for kept in (mass - it.down < p, mass <= p, mass < p):
-        yield least, it.of(kept)
-    said = "They are not sorted before they are added up. Sort them, the likeliest first."
+        yield "The sum begins with the unlikeliest. Begin with the likeliest.", it.of(kept)
     mass = probs.cumsum(-1)
     for kept in (mass - probs < p, mass <= p, mass < p):
-        yield said, shares(probs * kept)
+        yield "They are added up unsorted. Sort them, the likeliest first.", shares(probs * kept)
 
 
 def over_batch(logits: Tensor, p: float) -> Mistakes:
     """Rows are taken together."""
-    rows = "The softmax is over the rows (dim=0). Take it over the ids, dim=-1."
-    probs, columns = logits.softmax(-1), logits.softmax(0)
-    yield rows, keep(columns.log(), p)
-    it = ranked(columns)
+    probs, it = logits.softmax(-1), ranked(logits.softmax(0))
     stay = it.down.cumsum(-1) - it.down < p
-    yield rows, it.of(stay)
-    yield rows, it.of(stay | (p >= 1))
+    for y in (keep(logits.softmax(0).log(), p), it.of(stay), it.of(stay | (p >= 1))):
+        yield "The softmax is over the rows (dim=0). Take it over the ids, dim=-1.", y
     it = ranked(probs.flatten())
-    stay = it.down.cumsum(-1) - it.down < p * len(probs)
-    yield (
-        "The rows are taken together. Each has its own set.",
-        shares(it.apart(stay).view_as(probs)),
-    )
+    kept = it.apart(it.down.cumsum(-1) - it.down < p * len(probs)).view_as(probs)
+    yield "The rows are taken together. Each has its own set.", shares(kept)
 
 
 # ------------------------------------------------------------------------------------------- faster
 def of_sort(ids_NK: Tensor, E: int) -> Mistakes:
-    order_M, tokens_M, ends_E = granitemoe.sort_by_expert(ids_NK, E)
-    flat, (N, K) = ids_NK.flatten(), ids_NK.shape
-    counts_E = flat.bincount(minlength=E).int()
-    yield "These are counts. Add them up: where each run ends.", (order_M, tokens_M, counts_E)
-    beginnings = "These are the runs' beginnings. Return their ends."
-    yield beginnings, (order_M, tokens_M, ends_E - counts_E)
-    yield "Each end is one too small: it is the place after a run.", (order_M, tokens_M, ends_E - 1)
-    short = "The counts lack the last experts. bincount takes minlength=E."
-    yield short, (order_M, tokens_M, flat.bincount().cumsum(0))
-    must = "The token of place p is p // K, not"
-    yield f"{must} p % K.", (order_M, order_M % K, ends_E)
-    yield f"{must} p % N.", (order_M, order_M % N, ends_E)
-    yield f"{must} p // N.", (order_M, order_M // N, ends_E)
-    yield f"{must} p // E.", (order_M, order_M // E, ends_E)
+    order, tokens, ends_E = granitemoe.sort_by_expert(ids_NK, E)
+    flat, (N, K), columns = ids_NK.flatten(), ids_NK.shape, ids_NK.T.flatten().argsort(stable=True)
+    counts_E, short = flat.bincount(minlength=E).int(), flat.bincount().cumsum(0).int()
+    yield "These are counts. Add them up: where each run ends.", (order, tokens, counts_E)
+    yield "These are the runs' beginnings. Return their ends.", (order, tokens, ends_E - counts_E)
+    yield "Each end is one too small: it is the place after a run.", (order, tokens, ends_E - 1)
+    yield "The counts lack the last experts. bincount takes minlength=E.", (order, tokens, short)
+    wrongs = {"% K": order % K, "% N": order % N, "// N": order // N, "// E": order // E}
+    for wrong, y in wrongs.items():
+        yield f"The token of place p is p // K, not p {wrong}.", (order, y, ends_E)
     last = N * K - 1 - flat.flip(0).argsort(stable=True)
     yield "Equal experts are in reverse. Their places stay in order.", (last, last // K, ends_E)
-    columns = ids_NK.T.flatten().argsort(stable=True)
-    by_column = "The choices are flattened by columns. Flatten by tokens."
-    yield by_column, (columns, columns // K, ends_E)
-    yield by_column, (columns, columns % N, ends_E)
-    places = "Tokens are not in the sorted order. Divide order_M by K."
-    yield places, (order_M, torch.arange(N * K) // K, ends_E)
-    inverse = order_M.argsort()
-    said = "This is the inverse of the order: where each choice goes. Return the order."
-    yield said, (inverse, inverse // K, ends_E)
-    yield said, (inverse, tokens_M, ends_E)
+    for y in (columns // K, columns % N):
+        yield "The choices are flattened by columns. Flatten by tokens.", (columns, y, ends_E)
+    places = torch.arange(N * K) // K
+    yield "Tokens are not in the sorted order. Divide order_M by K.", (order, places, ends_E)
+    inverse = order.argsort()
+    for y in (inverse // K, tokens):
+        said = "This is the inverse of the order: where each choice goes. Return the order."
+        yield said, (inverse, y, ends_E)
     back = flat.sort(stable=True, descending=True).indices
     yield "Experts are in reverse. Expert 0 comes first.", (back, back // K, ends_E)
-    yield "These are experts. Return places, and their tokens.", (flat[order_M], tokens_M, ends_E)
+    yield "These are experts. Return places, and their tokens.", (flat[order], tokens, ends_E)
 
 
 def of_gate_up(x_D: Tensor, gate_up_EPD: Tensor, ids_K: Tensor) -> Mistakes:
