@@ -655,6 +655,16 @@ def of_loop(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor) ->
     yield from wrong_loop(it)
 
 
+def of_batched(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor) -> Mistakes:
+    it = Experts(x, gate_up, down, w, ids)
+    once = (
+        "Only one choice of a token is in the sum. (y[tokens] += ... adds a repeated index once: "
+    )
+    for one in (ids[:, -1:], ids.amax(1, keepdim=True), ids.amin(1, keepdim=True)):
+        yield once + "use index_add_.)", it.but(w=w * (ids == one))
+    yield from of_loop(*it)
+
+
 def wrong_sum(it: Experts) -> Mistakes:
     """Weights and sums."""
     w, ids, E, K = it.w, it.ids, len(it.down), it.w.shape[1]
@@ -682,8 +692,7 @@ def wrong_choice(it: Experts) -> Mistakes:
     last = first.flip(0)
     yield "Only the first choice of a token is in the sum. Add up all K.", it.but(w=w * first)
     yield "Only the first choice is used, with weight 1. Add up all K.", it.but(w=w**0 * first)
-    once = "Only the last choice of a token is in the sum. (y[tokens] += ... adds one row a token.)"
-    yield once, it.but(w=w * last)
+    yield "Only the last choice of a token is in the sum. Add up all K.", it.but(w=w * last)
     yield "The first choice of a token is left out.", it.but(w=w * ~first)
     yield "The last choice of a token is left out.", it.but(w=w * ~last)
     for one in (ids.amax(1, keepdim=True), ids.amin(1, keepdim=True)):
@@ -867,6 +876,8 @@ def wrong_counts(logits_NE: Tensor, K: int) -> Mistakes:
     if len(counts) not in (1, E):  # PyTorch cannot multiply them
         counts = torch.tensor(torch.nan)
     yield "The counts lack the last experts. bincount takes minlength=E.", loss_of(counts, p_E)
+    few_E = counted(logits_NE, K).float().sum(0).clamp(max=256) / N
+    yield "Counts are kept in bfloat16, where 256 + 1 is 256. Take float32.", loss_of(few_E, p_E)
 
 
 # -------------------------------------------------------------------------------------- the next id
@@ -1031,12 +1042,12 @@ MISTAKES: dict[str, Callable[..., Mistakes]] = {
     "route": of_route,
     "expert": of_expert,
     "experts_loop": of_loop,
-    "experts_batched": of_loop,
+    "experts_batched": of_batched,
     "load_balancing": of_balance,
     "cached_step": of_step,
     "top_p": of_top_p,
     "sort_by_expert": of_sort,
-    "experts_grouped": of_experts,
+    "experts_grouped": of_batched,
     "gate_up": of_gate_up,
 }
 assert MISTAKES.keys() <= PUZZLES.keys()
