@@ -133,7 +133,7 @@ PUZZLES = {
         "bfloat16 B=1 H=2 G=1 T=3 L=3000 C=8 scale=2.0 theta=10000.0",
     )),
     "top_p": Puzzle(keep, "probs", "generate.py, the next id: filtered_probs", (
-        "B=3 V=9 p=0.7", "B=2 V=20 p=0.95", "B=1 V=5 p=0.01", "B=2 V=8 p=1.0",
+        "B=3 V=9 p=0.7", "B=2 V=20 p=0.95", "B=3 V=5 p=0.1", "B=2 V=8 p=1.0",
         "B=3 V=6 p=0.9 times=80.0", "B=1 V=8 p=0.7 ties",
     )),
     "sort_by_expert": Puzzle(granitemoe.sort_by_expert, "order_M tokens_M ends_E",
