@@ -45,7 +45,7 @@ BOOK |= {str(HERE / "answers.py"), str(HERE / "mistakes.py")}
 BOOK |= {str(path) for path in (HERE.parent / "fast").glob("*.py")}
 FILES = {"puzzles": puzzles, "faster": faster}
 STUBS = {n: getattr(puzzles, n, None) or getattr(faster, n) for n in PUZZLES}
-MOST_LINES = 200_000  # of a learner's code in one call; a loop that never ends has more
+MOST_LINES = 1_000_000  # of a learner's code in one call; a loop that never ends has more
 
 
 class Wrong(ValueError):
