@@ -123,7 +123,6 @@ PUZZLES = {
     "load_balancing": Puzzle(balance, "loss",
         "granitemoe.py, language model: load_balancing_loss", (
         "N=9 E=5 K=2", "N=4 E=3 K=1", "N=1 E=4 K=4", "N=6 E=5 K=2 times=40.0",
-        "bfloat16 N=700 E=4 K=2",
     )),
     "cached_step": Puzzle(step, "y keys values", "granitemoe.py, attention: Attention", (
         "B=1 H=2 G=2 T=1 L=3 C=4 scale=0.7 theta=100.0",

@@ -876,8 +876,6 @@ def wrong_counts(logits_NE: Tensor, K: int) -> Mistakes:
     if len(counts) not in (1, E):  # PyTorch cannot multiply them
         counts = torch.tensor(torch.nan)
     yield "The counts lack the last experts. bincount takes minlength=E.", loss_of(counts, p_E)
-    few_E = counted(logits_NE, K).float().sum(0).clamp(max=256) / N
-    yield "Counts are kept in bfloat16, where 256 + 1 is 256. Take float32.", loss_of(few_E, p_E)
 
 
 # -------------------------------------------------------------------------------------- the next id
