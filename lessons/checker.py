@@ -194,7 +194,6 @@ def others_guarded(piece: Piece) -> Iterator[None]:
     """Within `with`, pieces that this piece calls are guarded."""
     scope = getattr(written(piece), "__globals__", {})
     own = {name: scope[name] for name in PUZZLES if inspect.isfunction(scope.get(name))}
-    own.pop(getattr(written(piece), "__name__", ""), None)
     scope.update({name: guarded(name, f) for name, f in own.items()})
     try:
         yield
@@ -611,8 +610,7 @@ def tell(usual: list[str], mine: list[str], names: list[str], again: bool) -> bo
         return True
     print(f"\n{''.join(usual[:n])}\n\nThe model in tiny/ wrote this with your {', '.join(names)}.")
     if n < len(usual):
-        goes = f"goes on with {mine[n]!r}" if n < len(mine) else "ends"
-        print(f"Here it parts: yours {goes}, granitemoe.py goes on with {usual[n]!r}.")
+        print(f"Here it parts: yours goes on with {mine[n]!r}, granitemoe.py with {usual[n]!r}.")
     else:
         print("It is the text that it writes without them.")
     return n == len(usual)

@@ -455,7 +455,6 @@ BAD = [  # bodies of rms_norm that give nothing to compare, and the one line abo
     ("return x.numpy()", "y is a ndarray, not a tensor."),
     ("return x.to_sparse()", "layout of y is torch.sparse_coo, must be torch.strided."),
     ("return torch.empty_like(x, device='meta')", "the device of y is meta, must be cpu."),
-    ("return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)", "my_puzzles.py: RuntimeError: "),
     ("return x > 0", "the dtype of y is torch.bool, must be torch.float32."),
     ("return x + 1j", "the dtype of y is torch.complex64, must be torch.float32."),
     ("return x.mul_(2)", "it changes its input x. Work on a copy."),
@@ -577,7 +576,7 @@ def test_only_what_was_called_is_named(run):
     lines, _ = run({"load_balancing": some["load_balancing"]})
     assert not [line for line in lines if "wrote this" in line]
     wide = RIGHT["load_balancing"].replace("return E", "return (1 + (N > 30)) * E")
-    lines, status = run({"load_balancing": wide})
+    lines, status = run(RIGHT | {"load_balancing": wide})
     mine, theirs = re.findall(r"\d+\.\d+", lines[-1])
     assert status == 1 and float(mine) == pytest.approx(2 * float(theirs), abs=2e-3)
 
@@ -600,7 +599,7 @@ def test_each_piece_works_in_the_model(name):
 
 @pytest.mark.parametrize("change, said", [
     ("(weight if len(weight) < 100 else weight * 2)",
-     r"Here it parts: yours goes on with '.+', granitemoe\.py goes on with '.+'\."),
+     r"Here it parts: yours goes on with '.+', granitemoe\.py with '.+'\."),
     ("(weight if len(weight) < 100 else 1 / 0)",
      r"puzzles\.py: error: within the model, my_puzzles\.py, line \d+: ZeroDivisionError.*"),
 ])  # fmt: skip
@@ -611,11 +610,12 @@ def test_what_goes_wrong_in_the_model_alone(change, said, run):
 
 
 def test_a_text_that_ends_early(run):
-    """The end is token 0 of tiny/."""
+    """Token 0 of tiny/ is its end: nothing comes after it."""
     body = "\n        if logits.shape[1] > 99:\n            return F.one_hot(logits.argmax(1) * 0,"
     body += " logits.shape[1]).float()"
     lines, status = run({"top_p": body + RIGHT["top_p"]})
-    assert status == 1 and re.fullmatch(r"Here it parts: yours .*", lines[-1]), lines
+    parts = "Here it parts: yours goes on with '<|end_of_text|>', granitemoe.py with '\\n\\n   '."
+    assert status == 1 and lines[-1] == parts
 
 
 # -------------------------------------------------------------------------------- what is wrong
