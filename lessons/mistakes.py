@@ -650,19 +650,32 @@ def of_experts(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor)
 
 
 def of_loop(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor) -> Mistakes:
+    yield from of_experts(x, gate_up, down, w, ids)
     it = Experts(x, gate_up, down, w, ids)
-    yield from of_experts(*it)
+    yield "Only the last choice of a token is in the sum. Add up all K.", it.but(w=w * only(ids)[0])
+    for left in only(ids)[1:]:
+        replaces = "Only one expert of a token is left: it replaces what an earlier one gave. Add."
+        yield replaces, it.but(w=w * left)
     yield from wrong_loop(it)
 
 
-def of_batched(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor) -> Mistakes:
-    it = Experts(x, gate_up, down, w, ids)
+def of_grouped(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor) -> Mistakes:
+    yield from of_experts(x, gate_up, down, w, ids)
     once = (
         "Only one choice of a token is in the sum. (y[tokens] += ... adds a repeated index once: "
     )
-    for one in (ids[:, -1:], ids.amax(1, keepdim=True), ids.amin(1, keepdim=True)):
-        yield once + "use index_add_.)", it.but(w=w * (ids == one))
-    yield from of_loop(*it)
+    for left in only(ids):
+        yield once + "use index_add_.)", experts_loop(x, gate_up, down, w * left, ids)
+
+
+def of_batched(x: Tensor, gate_up: Tensor, down: Tensor, w: Tensor, ids: Tensor) -> Mistakes:
+    yield from of_grouped(x, gate_up, down, w, ids)
+    yield from wrong_loop(Experts(x, gate_up, down, w, ids))
+
+
+def only(ids: Tensor) -> list[Tensor]:
+    """What is left of a token's choices: the last, that of the last expert, of the first expert."""
+    return [ids == one for one in (ids[:, -1:], ids.amax(1, True), ids.amin(1, True))]
 
 
 def wrong_sum(it: Experts) -> Mistakes:
@@ -688,16 +701,12 @@ def wrong_sum(it: Experts) -> Mistakes:
 
 def wrong_choice(it: Experts) -> Mistakes:
     """Some of a token's choices are lost."""
-    w, ids, first = it.w, it.ids, torch.arange(it.w.shape[1]) == 0
+    w, first = it.w, torch.arange(it.w.shape[1]) == 0
     last = first.flip(0)
     yield "Only the first choice of a token is in the sum. Add up all K.", it.but(w=w * first)
     yield "Only the first choice is used, with weight 1. Add up all K.", it.but(w=w**0 * first)
-    yield "Only the last choice of a token is in the sum. Add up all K.", it.but(w=w * last)
     yield "The first choice of a token is left out.", it.but(w=w * ~first)
     yield "The last choice of a token is left out.", it.but(w=w * ~last)
-    for one in (ids.amax(1, keepdim=True), ids.amin(1, keepdim=True)):
-        replaces = "Only one expert of a token is left: it replaces what an earlier one gave. Add."
-        yield replaces, it.but(w=w * (ids == one))
 
 
 def wrong_matrices(it: Experts) -> Mistakes:
@@ -1045,7 +1054,7 @@ MISTAKES: dict[str, Callable[..., Mistakes]] = {
     "cached_step": of_step,
     "top_p": of_top_p,
     "sort_by_expert": of_sort,
-    "experts_grouped": of_batched,
+    "experts_grouped": of_grouped,
     "gate_up": of_gate_up,
 }
 assert MISTAKES.keys() <= PUZZLES.keys()

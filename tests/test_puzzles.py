@@ -415,7 +415,7 @@ def rough(x, positions, theta):
 """
 ROUNDED = [  # as PLANTED: right for small numbers in float32, wrong as the model runs it
     ("rms_norm", None, "return x * (x.square().mean(-1, True) + eps).rsqrt() * weight",
-     "is computed in x's dtype. Go to float32 first"),
+     "is computed in x's dtype. First: x.float()"),
     ("rms_norm", "(wide / root).to(x.dtype) * weight", "(wide / root * weight).to(x.dtype)",
      "The weight comes in before rounding"),
     ("rms_norm", ".to(x.dtype) *", " *", "y is torch.float32, must be torch.bfloat16. Bring"),
@@ -484,7 +484,7 @@ FAST_PLANTED = [  # as PLANTED
     ("experts_grouped", "K = ", "own = gate_up_EPD[expert_ids_NK]\n        K = ",
      "bytes at once, granitemoe.py"),
     ("gate_up", "g * tl.sigmoid(g) * u", "u * tl.sigmoid(u) * g", "Gate and up are swapped."),
-    ("gate_up", "tl.load(expert_ids + k)", "k", "Program k reads expert k."),
+    ("gate_up", "tl.load(expert_ids + k)", "k", "Program k takes number expert_ids[k]."),
     ("gate_up", "tl.load(expert_ids + k)", "(tl.load(expert_ids + k) + 1) % 3",
      "It reads an expert that was not chosen."),
     ("gate_up", "* u, mask=live)", "* u)", "writes past the last row's end. Give tl.store a mask."),
@@ -689,21 +689,6 @@ def test_cases_cover_what_is_forgotten():
 
 
 # ------------------------------------------------------------------------- how mistakes are named
-SAID_FOR = {  # the same numbers in all cases: what is told in place of a sentence
-    "eps is missing: this is always 0.000001, or the like.": "eps is missing.",
-    "eps is missing: this is always 0.00001, or the like.": "eps is missing.",
-    "The results are interleaved. The first halves come first.": "The pairs are neighbours. ",
-    "The masked scores are not small enough: a score may be less. Make them -inf.":
-        "The mask is added as 0 and 1. ",
-    "The masked scores are tiny, not very negative. Make them -inf.": "Masked scores are 0, ",
-    "silu(g) is g * sigmoid(g). Here it is g * sigmoid(u).": "Gate and up are swapped.",
-    "The gate is used for both.": "silu(g) is multiplied by g. ",
-    "A later expert replaces what an earlier one gave. Add them.": "Only the last choice ",
-    "The id with which the sum exceeds p is dropped.": "The id with which the sum reaches p ",
-}  # fmt: skip
-NEVER_WRONG = {("experts_grouped", "The loop ends at the first expert without tokens. ")}
-
-
 def listed_once(name: str, monkeypatch) -> None:
     """The mistakes of a puzzle are computed once for each case."""
     kept, make = {}, checker.MISTAKES[name]
@@ -733,10 +718,7 @@ def test_mistakes_have_different_names(name, monkeypatch):
         piece = lambda *inputs, n=n: make(*inputs)[n][1]  # noqa: E731
         piece.__name__ = name
         line = checker.attempt(piece, name, "my_puzzles.py")
-        if any(name == puzzle and own.startswith(said) for puzzle, said in NEVER_WRONG):
-            continue
-        assert not line.startswith("solved"), own
-        assert line.endswith(own) or SAID_FOR.get(own, own) in line, (own, line)
+        assert not line.startswith("solved") and line.endswith(own), (own, line)
 
 
 def test_all_mistakes_are_listed_in_one_order():
@@ -746,14 +728,14 @@ def test_all_mistakes_are_listed_in_one_order():
             for _, inputs in answers.cases(checker.STUBS[name])
         ]
         assert all(each == seen[0] for each in seen) and len(seen[0]) > 10, name
-        assert all(said.endswith((".", ")")) for said in seen[0])
+        assert all(said.endswith((".", ")", "?")) for said in seen[0])
 
 
 @pytest.mark.parametrize("body, said", [
     ("return torch.zeros_like(q)", None),
     ("return torch.full_like(q, 1e30)", None),
     ("return torch.full_like(q, torch.inf)", None),
-    ("return torch.full_like(q, torch.nan)", "0 * -inf is nan"),
+    ("return torch.full_like(q, torch.nan)", "Does the mask multiply"),
 ])  # fmt: skip
 def test_a_candidate_that_is_not_finite_names_only_itself(body, said):
     line = told({"attention": body}, "attention")
@@ -777,7 +759,7 @@ def test_a_candidate_that_is_not_finite_names_only_itself(body, said):
 def test_names_that_are_near_each_other():
     clamped = changed(RIGHT["rms_norm"], "+ eps).sqrt()", ").clamp(min=eps).sqrt()")
     line = told({"rms_norm": clamped}, "rms_norm")
-    assert "eps is missing" not in line and "eps is the least mean here (clamp, max)." in line
+    assert "eps is missing" not in line and "The mean is at least eps here (clamp, max)." in line
     lost = RIGHT["experts_batched"].replace(
         "return (rows * weights_NK[:, :, None]).sum(1)",
         "tokens = torch.arange(len(x_ND)).repeat_interleave(weights_NK.shape[1])\n"
@@ -785,7 +767,7 @@ def test_names_that_are_near_each_other():
         "        y[tokens] += (rows * weights_NK[:, :, None]).flatten(0, 1)\n"
         "        return y",
     )
-    assert "Use index_add_" in told({"experts_batched": lost}, "experts_batched")
+    assert "use index_add_" in told({"experts_batched": lost}, "experts_batched")
 
 
 # ------------------------------------------------------------- one line for whatever a body does
