@@ -1,5 +1,6 @@
 """The lessons say what is so: figures against another way to get them, pages with bad text."""
 
+import argparse
 import dataclasses
 import html
 import importlib
@@ -981,10 +982,48 @@ def test_training_never_writes_over_a_model():
     assert (ROOT / "tiny" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_training_says_what_it_prints(monkeypatch, capsys):
-    sys.path.insert(0, str(ROOT / "tiny"))
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    train = importlib.import_module("train")
+@pytest.fixture
+def train(monkeypatch):
+    """tiny/train.py, with batches of two windows of 16 tokens."""
+    monkeypatch.syspath_prepend(str(ROOT / "tiny"))
+    module = importlib.import_module("train")
+    monkeypatch.setattr(module, "B", 2)
+    monkeypatch.setattr(module, "T", 16)
+    return module
+
+
+def test_an_interrupted_training_goes_on_as_if_it_were_not(train, monkeypatch, tmp_path, capsys):
+    """To the last digit; and never with other options than it began with."""
+    small = dataclasses.replace(train.CONFIG, num_hidden_layers=1, max_position_embeddings=16)
+    ids = torch.randint(2048, (5000,), generator=torch.Generator().manual_seed(0))
+    options = {"start": None, "tokens": 32 * 400, "aux_coef": 0.02, "seed": 0, "dense": False}
+    learn, steps = train.learn, []
+
+    def act(out: str, **changed: object) -> str:
+        (tmp_path / out).mkdir(exist_ok=True)
+        args = argparse.Namespace(out=tmp_path / out, **options | changed)
+        train.train(args, small, ids, ids[:600])
+        return (args.out / "log.csv").read_text()
+
+    def stop(*given: object) -> tuple:
+        steps.append(1)
+        if len(steps) == 250:
+            raise KeyboardInterrupt
+        return learn(*given)
+
+    whole = act("whole")
+    monkeypatch.setattr(train, "learn", stop)
+    with pytest.raises(KeyboardInterrupt):
+        act("parts")
+    monkeypatch.setattr(train, "learn", learn)
+    for changed in ({"seed": 1}, {"aux_coef": 0.0}, {"tokens": 1e6}, {"dense": True}):
+        with pytest.raises(SystemExit, match="was begun with"):
+            act("parts", **changed)
+    assert act("parts") == whole and len(whole.splitlines()) == 5
+    assert act("other", seed=1) != whole
+
+
+def test_training_says_what_it_prints(train, monkeypatch, capsys):
     row = train.line([409600, 6.4772, 4.9482, 3.9769, 0.4998, 0.0042, 0.1], 7229.4, "8 min")
     head = train.HEAD.splitlines()[-1]
     assert len(row) == len(head) and row.split()[:3] == ["409,600", "6.477", "4.948"]

@@ -220,6 +220,13 @@ def learn(
     return output.loss.item(), aux.item()
 
 
+def options(args: argparse.Namespace) -> dict:
+    """What must be the same when a run goes on."""
+    start = str(args.start or "")
+    names = ("tokens", "aux_coef", "seed", "dense")
+    return {"start": start, **{name: getattr(args, name) for name in names}}
+
+
 def resume(
     args: argparse.Namespace,
     model: GraniteMoeForCausalLM,
@@ -237,11 +244,14 @@ def resume(
         model.load_state_dict(load_file(args.start / "model.safetensors"))
         seen = json.loads((args.start / "report.json").read_text())["tokens_seen"]
         first = int(seen // (B * T))
-        generator.manual_seed(first)
+        generator.manual_seed(first + args.seed)
         log = log if state.exists() else args.start / "log.csv"
     step = first
     if state.exists():
         saved = torch.load(state, weights_only=True)
+        if saved["options"] != options(args):
+            begun = f"was begun with {saved['options']}, not {options(args)}"
+            sys.exit(f"train.py: error: --out {args.out}: {begun}")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
@@ -300,7 +310,8 @@ def train(
             losses = []
         if step % 200 == 0:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({**parts, "generator": generator.get_state(), "step": step}, f"{state}.new")
+            parts |= {"generator": generator.get_state(), "step": step, "options": options(args)}
+            torch.save(parts, f"{state}.new")
             Path(f"{state}.new").replace(state)
     return model
 
