@@ -101,11 +101,12 @@ PUZZLES = {
     "attention": Puzzle(attend, "y", "granitemoe.py, attention: attend_eager", (
         "B=1 H=2 G=2 T=5 S=5 C=4 scale=0.7", "B=2 H=4 G=2 T=5 S=5 C=6 scale=0.7",
         "B=1 H=6 G=2 T=3 S=7 C=4 scale=0.3", "B=2 H=3 G=1 T=1 S=4 C=2 scale=1.5",
-        "B=2 H=4 G=2 T=5 S=5 C=6 scale=40.0", "bfloat16 B=1 H=4 G=2 T=3 S=40 C=16 scale=0.25",
+        "B=2 H=4 G=2 T=5 S=5 C=6 scale=0.7 shift=110.0",
+        "bfloat16 B=1 H=4 G=2 T=3 S=40 C=16 scale=0.25",
     )),
     "route": Puzzle(choose, "weights_NK expert_ids_NK", f"{MOE} Router", (
         "N=7 D=4 E=5 K=2", "N=1 D=6 E=3 K=3", "N=4 D=3 E=6 K=1",
-        "N=5 D=4 E=6 K=3 times=40.0", "bfloat16 N=7 D=16 E=5 K=2",
+        "N=5 D=4 E=6 K=3 shift=110.0", "bfloat16 N=7 D=16 E=5 K=2",
     )),
     "expert": Puzzle(one_expert, "y_ND", f"{MOE} swiglu, experts_loop", (
         "N=5 D=8 F=12", "N=1 D=8 F=4", "N=6 D=8 F=8", "N=5 D=8 F=4 times=40.0",
@@ -122,18 +123,18 @@ PUZZLES = {
     )),
     "load_balancing": Puzzle(balance, "loss",
         "granitemoe.py, language model: load_balancing_loss", (
-        "N=9 E=5 K=2", "N=4 E=3 K=1", "N=1 E=4 K=4", "N=6 E=5 K=2 times=40.0",
+        "N=9 E=5 K=2", "N=4 E=3 K=1", "N=1 E=4 K=4", "N=6 E=5 K=2 shift=110.0",
     )),
     "cached_step": Puzzle(step, "y keys values", "granitemoe.py, attention: Attention", (
         "B=1 H=2 G=2 T=1 L=3 C=4 scale=0.7 theta=100.0",
         "B=2 H=4 G=2 T=3 L=2 C=6 scale=0.3 theta=50.0",
         "B=1 H=2 G=1 T=4 L=0 C=4 scale=0.7 theta=100.0",
-        "B=1 H=4 G=2 T=3 L=2 C=6 scale=40.0 theta=100.0",
-        "bfloat16 B=1 H=2 G=1 T=3 L=3000 C=8 scale=2.0 theta=10000.0",
+        "B=1 H=4 G=2 T=3 L=2 C=6 scale=0.7 theta=100.0 shift=110.0",
+        "bfloat16 B=1 H=2 G=1 T=2 L=3000 C=4 scale=2.0 theta=10000.0",
     )),
     "top_p": Puzzle(keep, "probs", "generate.py, the next id: filtered_probs", (
         "B=3 V=9 p=0.7", "B=2 V=20 p=0.95", "B=3 V=5 p=0.1", "B=2 V=8 p=1.0",
-        "B=3 V=6 p=0.9 times=80.0", "B=1 V=8 p=0.7 ties",
+        "B=3 V=6 p=0.9 shift=110.0", "B=1 V=8 p=0.5 ties",
     )),
     "sort_by_expert": Puzzle(granitemoe.sort_by_expert, "order_M tokens_M ends_E",
         f"{MOE} sort_by_expert", ("N=9 K=2 E=4", "N=9 K=2 E=64", "N=1 K=3 E=5")),
@@ -158,8 +159,8 @@ def example(stub: Piece) -> list:
 
 def make(stub: Piece, case: str) -> list:
     """Random arguments, of the shapes in the docstring. A case gives sizes, arguments that are
-    numbers, and conditions: bfloat16, the first tensor times so many, positions from so far on,
-    ties (nothing is random)."""
+    numbers, and conditions: bfloat16, the first tensor times so many, scores so much larger (see
+    large_scores), positions from so far on, ties (nothing is random)."""
     told = re.findall(r"(\w+(?: and \w+)*)\s+\(([A-Z](?:, [A-Z])*)\)", stub.__doc__)
     shapes = {x: shape.split(", ") for names, shape in told for x in names.split(" and ")}
     size = {x: float(n) if "." in n else int(n) for x, n in re.findall(r"(\w+)=(\S+)", case)}
@@ -182,12 +183,31 @@ def make(stub: Piece, case: str) -> list:
     first = next(iter(made))
     if "times" in size:
         made[first] = made[first] * size["times"]
+    if "shift" in size:
+        large_scores(made, size["shift"])
     if "ties" in case:
         made[first] = torch.zeros_like(made[first])
     if "bfloat16" in case:
         floats = {x: y for x, y in made.items() if isinstance(y, Tensor) and y.is_floating_point()}
         made |= {x: y.bfloat16() for x, y in floats.items()}
     return list(made.values())
+
+
+def large_scores(made: dict, shift: float) -> None:
+    """Adds about so much to the scores: exp of them is infinite in float32, a softmax is not. In
+    attention it is taken away for every other head of the keys."""
+    if "logits" in made or "logits_NE" in made:
+        name = next(iter(made))
+        made[name] = made[name] + shift
+    if "router_ED" in made:
+        made["x_ND"][:, 0], made["router_ED"][:, 0] = shift, 1.0
+    if "q" in made:
+        half = made["q"].shape[-1] // 2
+        signs = torch.tensor([1.0, -1.0])[torch.arange(made["k"].shape[1]) % 2]
+        made["q"][..., half - 1], made["q"][..., -1] = 1.0, 0.0  # the pair that turns least
+        for name in {"k", "keys"} & made.keys():
+            made[name][..., half - 1] = signs[:, None] * shift / made["scale"]
+            made[name][..., -1] = 0.0
 
 
 def cases(stub: Piece) -> Iterator[tuple[str, list]]:

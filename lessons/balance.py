@@ -55,7 +55,8 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{log}: not a training log: {error}") from None
     try:
         told = json.loads(report.read_text(encoding="utf-8"))
-        told["tokens_seen"], told["held_out_loss"], told["expert_shares"]
+        told["tokens_seen"], told["held_out_loss"] + 0, told["expert_shares"]
+        told["parameters"] + told["active_parameters"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{report}: not a training's report: {error}") from None
     if not rows:
@@ -73,7 +74,9 @@ def train(out: Path) -> list[Path]:
                 continue
             line = [sys.executable, ROOT / "tiny" / "train.py", "--out", folder, "--seed", seed]
             print(f"{folder}:", flush=True)
-            subprocess.run([*line, "--tokens", "4e6", "--prompt-tokens", "0", *options], check=True)
+            line += ["--tokens", "4e6", "--prompt-tokens", "0", *options]
+            if subprocess.run(line).returncode:
+                raise ValueError(f"{folder}: the training stopped; run again to go on")
     return folders
 
 
@@ -129,11 +132,13 @@ def main() -> None:
     parser.add_argument("--train", type=Path, metavar="FOLDER", help="train the six there first")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the logs")
     args = parser.parse_args()
+    if args.train and args.plot:
+        new_figure()  # what is missing is told before the work
     folders = train(args.train) if args.train else args.runs
     if not folders:
         folders = [RUNS / f"{kind}-{seed}" for kind in KINDS for seed in SEEDS]
     runs = [read_run(folder) for folder in folders]
-    tokens = " or ".join({f"{run.report['tokens_seen']:,.0f}" for run in runs})
+    tokens = " or ".join(dict.fromkeys(f"{run.report['tokens_seen']:,.0f}" for run in runs))
     print(f"Loss after {tokens} tokens, nats a token of held-out files\n\n{loss_table(runs)}")
     even = "Largest and smallest share of a layer's choices that an expert got"
     print(f"\n{even}\n\n{share_table(runs)}")

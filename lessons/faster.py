@@ -13,16 +13,17 @@ The last one is a kernel for a GPU. Triton's interpreter runs it on a CPU: pip i
 import os
 import sys
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch  # noqa: F401  (for the bodies)
 import torch.nn.functional as F  # noqa: F401
 from torch import Tensor
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
-try:
-    import triton.language as tl
-except ImportError:
-    tl = SimpleNamespace(constexpr=None)
+with patch.dict(os.environ, TRITON_INTERPRET="1"):  # for this import: Triton reads it then
+    try:
+        import triton.language as tl
+    except ImportError:
+        tl = SimpleNamespace(constexpr=None)
 
 
 # ------------------------------------------------------------------------------------- the puzzles
@@ -70,7 +71,7 @@ def gate_up(x, matrices, expert_ids, y, D: tl.constexpr, WIDTH: tl.constexpr, RO
     powers of two; WIDTH is not, so the last program of a row has fewer numbers. Sums are in
     float32.
 
-    Limit: it reads the chosen experts alone.
+    Limit: it uses the chosen experts alone.
     """
 
 

@@ -884,7 +884,10 @@ def wrong_counts(logits_NE: Tensor, K: int) -> Mistakes:
     counts = logits_NE.topk(K).indices.flatten().bincount() / N
     if len(counts) not in (1, E):  # PyTorch cannot multiply them
         counts = torch.tensor(torch.nan)
-    yield "The counts lack the last experts. bincount takes minlength=E.", loss_of(counts, p_E)
+    yield (
+        "The counts lack the last experts. bincount takes minlength=E, one_hot num_classes.",
+        loss_of(counts, p_E),
+    )
 
 
 # -------------------------------------------------------------------------------------- the next id
@@ -1006,7 +1009,10 @@ def of_sort(ids_NK: Tensor, E: int) -> Mistakes:
     yield "These are counts. Add them up: where each run ends.", (order, tokens, counts_E)
     yield "These are the runs' beginnings. Return their ends.", (order, tokens, ends_E - counts_E)
     yield "Each end is one too small: it is the place after a run.", (order, tokens, ends_E - 1)
-    yield "The counts lack the last experts. bincount takes minlength=E.", (order, tokens, short)
+    yield (
+        "The counts lack the last experts. bincount takes minlength=E, one_hot num_classes.",
+        (order, tokens, short),
+    )
     wrongs = {"% K": order % K, "% N": order % N, "// N": order // N, "// E": order // E}
     for wrong, y in wrongs.items():
         yield f"The token of place p is p // K, not p {wrong}.", (order, y, ends_E)

@@ -56,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def route(x_ND: Tensor, router_ED: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """Score the experts for each token: the dot products of x_ND (N, D) and router_ED (E, D).
     Choose the K largest scores, the largest first. The weights are the softmax of these K alone.
-    Returns weights_NK (N, K), and expert_ids_NK (N, K): the numbers of the chosen experts.
+    Returns weights_NK (N, K) and, in int64, expert_ids_NK (N, K): the numbers of those chosen.
 
     >>> route(torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0986], [-2.0]]), 2)
     (tensor([[0.7500, 0.2500]]), tensor([[1, 0]]))

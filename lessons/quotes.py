@@ -6,7 +6,7 @@ Runs each command of a console block that has output below it, or a table after 
 the new output in its place. It also makes the pictures, three.html, the tables between
 <!-- marks --> and the lines that links to granitemoe.py name; then course.ipynb, from the course's
 page. Left as they are: what measures speed, quotes that differ in times only, and commands that
-fail, each with a note: balance.py needs the log of a second training.
+fail, each with a note: what takes a model of step 5's trainings.
 """
 
 import json

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -934,10 +935,12 @@ def test_balance_trains_what_is_not_there(monkeypatch, run, tmp_path):
     """Six trainings, each like for like; a second call trains those alone that are not done."""
     lines = []
 
-    def pretend(line: list, check: bool) -> None:
+    def pretend(line: list) -> SimpleNamespace:
         lines.append(list(map(str, line[2:])))
         write_run(Path(line[3]), 4.0, [[0.5, 0.5]])
+        return SimpleNamespace(returncode=int(failing))
 
+    failing = False
     monkeypatch.setattr(balance.subprocess, "run", pretend)
     run(balance, "--train", tmp_path)
     same = ["--tokens", "4e6", "--prompt-tokens", "0"]
@@ -950,6 +953,10 @@ def test_balance_trains_what_is_not_there(monkeypatch, run, tmp_path):
     lines.clear()
     run(balance, "--train", tmp_path)
     assert [line[1] for line in lines] == [str(tmp_path / "off-1")]
+    shutil.rmtree(tmp_path / "off-1")
+    failing = True
+    with pytest.raises(ValueError, match="off-1: the training stopped; run again"):
+        run(balance, "--train", tmp_path)
 
 
 def test_the_shipped_runs_are_whole():

@@ -645,17 +645,22 @@ def test_the_cases_have_the_models_conditions():
     """Scores of which exp is infinite; visible ones below a mask of -20; far positions."""
     cases = {n: dict(answers.cases(s)) for n, s in checker.STUBS.items()}
     large = torch.finfo(torch.float32).max
-    q, k, v, scale = cases["attention"]["B=2 H=4 G=2 T=5 S=5 C=6 scale=40.0"]
+    q, k, v, scale = cases["attention"]["B=2 H=4 G=2 T=5 S=5 C=6 scale=0.7 shift=110.0"]
     scores = q @ k.repeat_interleave(2, dim=1).mT * scale
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
     visible = scores.masked_fill(~seen, -torch.inf).amax(-1)
     assert visible.exp().amax() > large
     assert ((visible < -20) & (scores.masked_fill(seen, -torch.inf).amax(-1) > visible)).any()
-    x_ND, router_ED, _ = cases["route"]["N=5 D=4 E=6 K=3 times=40.0"]
+    x_ND, router_ED, _ = cases["route"]["N=5 D=4 E=6 K=3 shift=110.0"]
     logits = [x_ND @ router_ED.T]
-    logits += [cases["load_balancing"]["N=6 E=5 K=2 times=40.0"][0]]
-    logits += [cases["top_p"]["B=3 V=6 p=0.9 times=80.0"][0]]
+    logits += [cases["load_balancing"]["N=6 E=5 K=2 shift=110.0"][0]]
+    logits += [cases["top_p"]["B=3 V=6 p=0.9 shift=110.0"][0]]
     assert all(x.exp().amax() > large for x in logits)
+    assert all((x - x.amax(-1, keepdim=True)).amin() > -60 for x in logits)  # no 0 in a softmax
+    q, k, _, keys, *_, scale, _ = cases["cached_step"][
+        "B=1 H=4 G=2 T=3 L=2 C=6 scale=0.7 theta=100.0 shift=110.0"
+    ]
+    assert (q[:, :1] @ keys[:, :1].mT * scale).exp().amax() > large
     _, positions, _ = next(x for c, x in cases["rotary"].items() if "bfloat16" in c)
     assert positions.min() > 3000 and (positions.bfloat16().float() != positions).any()
     assert any(x[3].shape[2] >= 3000 for c, x in cases["cached_step"].items() if "bfloat16" in c)

@@ -2,8 +2,8 @@
 
     python tiny/train.py --out new                # about an hour on two cores; run again to resume
     python tiny/train.py --out new --start tiny --tokens 58e6         # go on from what is there
-    python tiny/train.py --out off --aux-coef 0 --tokens 4e6          # without load balancing
-    python tiny/train.py --out dense --dense --tokens 4e6             # same active size, no experts
+    python tiny/train.py --out off --aux-coef 0 --tokens 4e6 --prompt-tokens 0   # not balanced
+    python tiny/train.py --out dense --dense --tokens 4e6 --prompt-tokens 0      # without experts
 
 Writes a checkpoint that any GraniteMoe program opens (config.json, model.safetensors in bfloat16,
 tokenizer.json, tokenizer_config.json, generation_config.json), log.csv (loss and expert load
@@ -308,7 +308,7 @@ def train(
             with (args.out / "log.csv").open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(rows)
             losses = []
-        if step % 200 == 0:
+        if step % 100 == 0:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             parts |= {"generator": generator.get_state(), "step": step, "options": options(args)}
             torch.save(parts, f"{state}.new")
@@ -410,10 +410,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=18e6, help="how many tokens to have seen")
     parser.add_argument("--prompt-tokens", type=float, default=2.5e6, help="of the last stage")
     parser.add_argument("--aux-coef", type=float, default=0.02, help="of the balance loss")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of what it reads")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the weights and of the windows that it reads"
+    )
     parser.add_argument("--dense", action="store_true", help="one expert of the active width")
     args = parser.parse_args()
-    if (args.out / "model.safetensors").exists():
+    done = not (args.out / "state.part").exists()  # which goes last
+    if done and (args.out / "model.safetensors").exists():
         parser.error(f"--out {args.out}: holds a finished model; name another folder")
     torch.set_flush_denormal(True)
     args.out.mkdir(parents=True, exist_ok=True)
