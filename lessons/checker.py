@@ -668,6 +668,8 @@ def parse(file: str) -> tuple[str | None, list[str]]:
     path = args.file or (None if own else sys.argv[0])  # a copy that is run itself
     if path is None:
         return None, []
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder. Name a file, such as my_{file}.py")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file. Begin with: cp lessons/{file}.py {path}")
     if str(Path(path).resolve()) in BOOK:

@@ -7,9 +7,9 @@
 Each piece is tried on its example and on small random inputs in float32, with its gradients. Then
 as the model runs it: in bfloat16, at far positions, with large scores. There a result has its
 inputs' dtype, and what rounding would spoil (a mean, an angle, a sum over experts) is computed in
-float32. A piece must not change its inputs. Your pieces may call each other. Letters are the
-dimensions in the header of granitemoe.py, which is also the answer book: a solved puzzle names its
-section there.
+float32. (load_balancing and top_p get float32 alone, as in the model.) A piece must not change its
+inputs. Your pieces may call each other. Letters are the dimensions in the header of granitemoe.py,
+which is also the answer book: a solved puzzle names its section there.
 """
 
 import sys
