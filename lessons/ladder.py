@@ -24,7 +24,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 
 import granitemoe
 from generate import DTYPES
@@ -108,6 +107,8 @@ def count(form: Callable[..., object], inputs: tuple[Tensor, ...]) -> tuple[int,
 @torch.inference_mode()
 def speed(form: Callable[..., Tensor], inputs: tuple[Tensor, ...], seconds: float) -> float:
     """Tokens a second of the fastest run: a stall spoils a median of few runs, and not the best."""
+    from torch.utils.benchmark import Timer  # looks for CUDA's compiler, and may print that
+
     names = {"form": form, "inputs": inputs}
     timer = Timer("form(*inputs)", globals=names, num_threads=torch.get_num_threads())
     return len(inputs[0]) / min(timer.blocked_autorange(min_run_time=seconds).times)
