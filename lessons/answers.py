@@ -101,7 +101,7 @@ PUZZLES = {
     "attention": Puzzle(attend, "y", "granitemoe.py, attention: attend_eager", (
         "B=1 H=2 G=2 T=5 S=5 C=4 scale=0.7", "B=2 H=4 G=2 T=5 S=5 C=6 scale=0.7",
         "B=1 H=6 G=2 T=3 S=7 C=4 scale=0.3", "B=2 H=3 G=1 T=1 S=4 C=2 scale=1.5",
-        "B=2 H=4 G=2 T=5 S=5 C=6 scale=0.7 shift=110.0",
+        "B=2 H=4 G=2 T=5 S=5 C=6 scale=8.0 shift=110.0",
         "bfloat16 B=1 H=4 G=2 T=3 S=40 C=16 scale=0.25",
     )),
     "route": Puzzle(choose, "weights_NK expert_ids_NK", f"{MOE} Router", (

@@ -302,6 +302,7 @@ def wrong_softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
     yield large, it.masked(it.seen, -1.0)
     for value in (-10.0, -20.0, -50.0, -100.0):
         yield large, it.masked(it.seen, value)
+    for value in (-10.0, -20.0):
         yield large, it.mean((it.scores + value * hidden).softmax(-1))
     yield "All is nan. Does the mask multiply (0 * -inf)? Use masked_fill.", q * torch.nan
     over = "Take it over the keys, dim=-1."

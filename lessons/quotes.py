@@ -26,9 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "lessons/README.md", "tiny/README.md")]
 COURSE = ROOT / "lessons" / "README.md"
 QUOTE = re.compile(r"^\$ (.+)\n(?:((?:(?!\$ |```).*\n)+)|```\n\n((?:\|.*\n)+))", re.MULTILINE)
-MEASURED = re.compile(
-    r"pytest|ladder\.py|bench\.py|my_puzzles|my_faster|--train"
-)  # or need a reader's own file
+# or need a reader's own file, or a training
+MEASURED = re.compile(r"pytest|ladder\.py|bench\.py|my_puzzles|my_faster|/tmp/runs")
 TIMES = re.compile(r"[\d.]+ s\b|[\d.]+ (?:tokens|GB)/s")
 LINK = re.compile(r"(\[`(\w+)[^`]*`\]\(\.\./granitemoe\.py#L)\d+\)")
 SHOT = [

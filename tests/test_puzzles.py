@@ -645,7 +645,7 @@ def test_the_cases_have_the_models_conditions():
     """Scores of which exp is infinite; visible ones below a mask of -20; far positions."""
     cases = {n: dict(answers.cases(s)) for n, s in checker.STUBS.items()}
     large = torch.finfo(torch.float32).max
-    q, k, v, scale = cases["attention"]["B=2 H=4 G=2 T=5 S=5 C=6 scale=0.7 shift=110.0"]
+    q, k, v, scale = cases["attention"]["B=2 H=4 G=2 T=5 S=5 C=6 scale=8.0 shift=110.0"]
     scores = q @ k.repeat_interleave(2, dim=1).mT * scale
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
     visible = scores.masked_fill(~seen, -torch.inf).amax(-1)
