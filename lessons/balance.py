@@ -9,7 +9,6 @@ block as large as the experts that a token uses). The same code, learning rates 
 one seed read the same windows. A run is a folder with tiny/train.py's log.csv and report.json.
 """
 
-import argparse
 import csv
 import json
 import subprocess
@@ -17,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from common import command, markdown, new_figure
+from common import Parser, command, markdown, new_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path(__file__).resolve().parent / "runs"
@@ -127,7 +126,7 @@ def draw(runs: list[Run], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare trainings.")
+    parser = Parser(description="Compare trainings.")
     parser.add_argument("runs", nargs="*", type=Path, help="folders (default: lessons/runs/*)")
     parser.add_argument("--train", type=Path, metavar="FOLDER", help="train the six there first")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the logs")

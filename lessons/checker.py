@@ -8,7 +8,6 @@ operations. What is solved is put into tiny/, which then writes with it. A learn
 while it runs: calls of the answer book, and loops that never end, are told.
 """
 
-import argparse
 import ast
 import functools
 import inspect
@@ -30,7 +29,7 @@ import puzzles
 import torch
 import torch.nn.functional as F
 from answers import PUZZLES, Piece, cases, make
-from common import command, pieces
+from common import Parser, command, pieces
 from ladder import count
 from mistakes import MISTAKES
 from torch import Tensor
@@ -657,7 +656,7 @@ def load(path: str) -> dict[str, object]:
 def parse(file: str) -> tuple[str | None, list[str]]:
     """The learner's file, None where none is named, and the names of the pieces to try."""
     names = [name for name in PUZZLES if hasattr(FILES[file], name)]
-    parser = argparse.ArgumentParser(description="Try your pieces of GraniteMoe.")
+    parser = Parser(description="Try your pieces of GraniteMoe.")
     parser.add_argument("file", nargs="?", metavar="FILE", help=f"your copy of {file}.py")
     told = f"one of {', '.join(names)}"
     parser.add_argument("name", nargs="?", choices=names, metavar="NAME", help=told)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_lessons import CONTRASTS, Tab, browse, in_browser
+from test_lessons import CONTRASTS, browse, in_browser, tab  # noqa: F401  (tab is a fixture)
 
 sys.path.insert(0, str(ROOT / "lessons"))
 
@@ -210,27 +210,12 @@ def test_it_needs_no_network():
 # ----------------------------------------------------------------------------------- in a browser
 
 
-@pytest.fixture
-def tab(tmp_path):
-    opened = []
-
-    def act(width: int) -> Tab:
-        (tmp_path / "page.html").write_text(MADE, encoding="utf-8")
-        opened.append(Tab(tmp_path, width))
-        return opened[0]
-
-    yield act
-    for each in opened:
-        each.process.terminate()
-        each.process.wait()
-
-
 @in_browser
 @pytest.mark.parametrize("width, columns", [(400, 1), (1400, 3)])
-def test_it_fits(width, columns, tab):
+def test_it_fits(width, columns, tab):  # noqa: F811
     """The page never scrolls sideways. Narrow, long lines do so in their own block; wide, they go
     on below."""
-    page = tab(width)
+    page = tab(MADE, width)
     assert page.value("innerWidth") == width
     assert page.value("document.documentElement.scrollWidth") == width
     assert page.value(
@@ -256,10 +241,10 @@ ACTIVE = """((a) => [a.getAttribute('href') || a.getAttribute('aria-label'),
 
 @in_browser
 @pytest.mark.parametrize("width", (400, 1400))
-def test_it_goes_by_keyboard(width, tab):
+def test_it_goes_by_keyboard(width, tab):  # noqa: F811
     """Tab reaches each link and each block of code, each with a name and a visible focus. A link
     leads to its part, which then is in view; a block scrolls with the arrows."""
-    page = tab(width)
+    page = tab(MADE, width)
     reached = []
     for _ in range(len(three.ROWS) + CELLS):
         page.press("Tab", 9)
