@@ -45,7 +45,7 @@ BOOK |= {str(HERE / "answers.py"), str(HERE / "mistakes.py")}
 BOOK |= {str(path) for path in (HERE.parent / "fast").glob("*.py")}
 FILES = {"puzzles": puzzles, "faster": faster}
 STUBS = {n: getattr(puzzles, n, None) or getattr(faster, n) for n in PUZZLES}
-MOST_LINES = 300_000  # of a learner's code in one call; a loop that never ends has more
+MOST_STEPS = 4_000_000  # of the bytecode of a learner's file; a loop that never ends has more
 
 
 class Wrong(ValueError):
@@ -75,7 +75,9 @@ def run(piece: Piece, inputs: list, grad: bool = False) -> tuple[tuple, list]:
             x.requires_grad_()
     got = piece(*given)
     if got is None or got is ...:
-        raise Unwritten("nothing is returned")
+        if is_empty(piece):
+            raise Unwritten("nothing is returned")
+        raise Wrong("it returns nothing. Is `return` missing?")
     if inspect.iscoroutine(got):
         got.close()
         raise Wrong("`async def` gives no result. Write `def`.")
@@ -150,20 +152,21 @@ def advice(said: str) -> str:
 @contextmanager
 def traced(path: str) -> Iterator[list[str]]:
     """Within `with`, the list fills with the answer book's functions that are called. Raises
-    RuntimeError in a line of the file `path` when MOST_LINES of it have run."""
-    used, left = [], [MOST_LINES]
+    RuntimeError in the file `path` when MOST_STEPS of it have run."""
+    used, left = [], [MOST_STEPS]
 
-    def at_line(frame: FrameType, event: str, _: object) -> object:
+    def at_step(frame: FrameType, event: str, _: object) -> object:
         left[0] -= 1
         if left[0] < 0:
-            raise RuntimeError(f"still running after {MOST_LINES:,} lines. Does a loop never end?")
-        return at_line
+            raise RuntimeError(f"still running after {MOST_STEPS:,} steps. Does a loop never end?")
+        return at_step
 
     def at_call(frame: FrameType, event: str, _: object) -> object:
         file = frame.f_code.co_filename
         if file in BOOK:
             used.append(f"{Path(file).name}, {frame.f_code.co_qualname}")
-        return at_line if file == path else None
+        frame.f_trace_opcodes = file == path  # a loop may stand in one line
+        return at_step if file == path else None
 
     before = sys.gettrace()
     sys.settrace(at_call)
@@ -230,6 +233,8 @@ def differ(
     """The first difference in words, or nothing. exact: want in float64, where it is bfloat16."""
     if len(got) != len(want):
         return f"{len(got)} came back, must be {len(want)}: {', '.join(names)}"
+    if kinds(got) != kinds(want) and sorted(kinds(got)) == sorted(kinds(want)):
+        return f"the results are in another order, must be {', '.join(names)}"
     for i, (name, a, b) in enumerate(zip(names, got, want, strict=True)):
         if not isinstance(a, Tensor):
             return f"{name} is {'missing' if a is None else f'a {type(a).__name__}, not a tensor'}"
@@ -249,6 +254,10 @@ def differ(
             mine, right = (x[tuple(at)].item() for x in (a, b))
             return f"{name}{at or ''} is {mine:.5g}, must be {right:.5g}"
     return ""
+
+
+def kinds(ys: tuple) -> list[str]:
+    return [f"{y.dtype} {y.shape}" if isinstance(y, Tensor) else "" for y in ys]
 
 
 def remedy(what: str, got: object) -> str:
@@ -449,6 +458,17 @@ def defined_in(piece: Piece) -> str:
     return getattr(getattr(written(piece), "__code__", None), "co_filename", "")
 
 
+def is_empty(piece: Piece) -> bool:
+    """Whether its body does nothing yet: it names nothing. So is one whose source is not known."""
+    try:
+        source = inspect.getsource(written(piece))
+        (function,) = ast.parse(textwrap.dedent(source)).body
+    except (OSError, TypeError, SyntaxError):
+        return True
+    nodes = itertools.chain.from_iterable(map(ast.walk, function.body))
+    return {node.id for node in nodes if isinstance(node, ast.Name)} <= {"NotImplementedError"}
+
+
 def interpreted() -> AbstractContextManager:
     """While it is entered, Triton interprets kernels, on a CPU."""
     return patch.dict(os.environ, TRITON_INTERPRET="1")
@@ -456,8 +476,7 @@ def interpreted() -> AbstractContextManager:
 
 def try_kernel(kernel: Piece, path: str) -> None:
     """Raises Wrong unless the kernel gate_up writes what it must, and that alone."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(written(kernel)))).body[0].body
-    if len(body) == 1 and isinstance(body[0], (ast.Expr, ast.Pass)):
+    if is_empty(kernel):
         raise Unwritten("nothing is written")
     if faster.tl.constexpr is None:
         raise Wrong("it needs Triton. Run: pip install triton")

@@ -1019,6 +1019,9 @@ def of_sort(ids_NK: Tensor, E: int) -> Mistakes:
         yield f"The token of place p is p // K, not p {wrong}.", (order, y, ends_E)
     last = N * K - 1 - flat.flip(0).argsort(stable=True)
     yield "Equal experts are in reverse. Their places stay in order.", (last, last // K, ends_E)
+    mixed = flat.argsort()
+    unstable = "The sort is not stable: equal experts change places. Give it stable=True."
+    yield unstable, (mixed, mixed // K, ends_E)
     for y in (columns // K, columns % N):
         yield "The choices are flattened by columns. Flatten by tokens.", (columns, y, ends_E)
     places = torch.arange(N * K) // K

@@ -159,6 +159,8 @@ PLANTED = [  # a puzzle, what of its body is replaced (all, if None) and by what
     ("route", "best.softmax(-1)", "best", "These are the scores"),
     ("route", "softmax(-1), ids", "softmax(-1).flip(1), ids.flip(1)", "largest must come first"),
     ("route", "(-1), ids", "(-1), ids.float()", "dtype of expert_ids_NK is torch.float32, must"),
+    ("route", "best.softmax(-1), ids", "ids, best.softmax(-1)", "the results are in another order"),
+    ("expert", "return ", "y = ", "it returns nothing. Is `return` missing?"),
     ("expert", "F.silu(g) * u", "F.silu(u) * g", "Gate and up are swapped"),
     ("expert", "F.silu(g) * u", "g * u", "silu is missing"),
     ("expert", "F.silu(g)", "g.sigmoid()", "y_ND[0, 0] is 1.3212, must be 2.6424."),
@@ -469,6 +471,7 @@ FAST_PLANTED = [  # as PLANTED
     ("sort_by_expert", "sorted_M, torch.arange(E), right=True", "sorted_M, torch.arange(E)",
      "These are the runs' beginnings. Return their ends."),
     ("sort_by_expert", "// expert_ids_NK.shape[1]", "% expert_ids_NK.shape[1]", "not p % K"),
+    ("sort_by_expert", "stable=True", "", "The sort is not stable"),
     ("sort_by_expert", ", out_int32=True", "", "ends_E is torch.int64, must be torch.int32."),
     ("sort_by_expert", "return", "assert order_M.sum().item() >= 0\n        return",
      "the values are right, but it waits for a value (times: 1). These wait: .item(),"),
@@ -814,12 +817,12 @@ def test_what_gives_no_result(old, new, said, run):
 
 
 @pytest.mark.parametrize("loop", (
-    "while True:\n            x = x + 1", "x = [0 for _ in iter(int, 1)]",
+    "while True:\n            x = x + 1", "x = [0 for _ in iter(int, 1)]", "while True: pass",
     "while len(x[0]) > 1:\n            pass",
 ))  # fmt: skip
 def test_a_loop_that_never_ends(loop, monkeypatch):
     """Not in the search for its mistake either."""
-    monkeypatch.setattr(checker, "MOST_LINES", 900)
+    monkeypatch.setattr(checker, "MOST_STEPS", 9000)
     body = f"\n        {loop}\n        return x"
     line, text = told({"rms_norm": body}, "rms_norm"), fill(RIGHT | {"rms_norm": body})
     assert "\n" not in line
@@ -831,7 +834,7 @@ def test_a_loop_that_never_ends(loop, monkeypatch):
     assert last - 1 <= told_at <= last and "Does a loop never end?" in line
 
 
-def test_right_bodies_have_few_lines(monkeypatch):
+def test_right_bodies_have_few_steps(monkeypatch):
     """So that the limit is not met by loops over every number."""
     slow = """
         B, H, T, C = q.shape
@@ -846,7 +849,7 @@ def test_right_bodies_have_few_lines(monkeypatch):
                     for s in range(S - T + t + 1):
                         y[b, h, t] = y[b, h, t] + weights[s] * v[b, h // r, s]
         return y.to(q.dtype)"""
-    monkeypatch.setattr(checker, "MOST_LINES", checker.MOST_LINES // 50)
+    monkeypatch.setattr(checker, "MOST_STEPS", checker.MOST_STEPS // 50)
     assert told({"attention": slow}, "attention").startswith("solved")
 
 
