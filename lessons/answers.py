@@ -75,9 +75,9 @@ def keep(logits: Tensor, p: float) -> Tensor:
 
 
 def gate_up(x_D: Tensor, gate_up_EPD: Tensor, expert_ids_K: Tensor) -> Tensor:
-    """What the kernel writes into y (K, F)."""
+    """What the kernel writes into y (K, F), in float32."""
     rows_KP = torch.einsum("kpd,d->kp", gate_up_EPD[expert_ids_K].float(), x_D.float())
-    return granitemoe.swiglu(rows_KP).to(x_D.dtype)
+    return granitemoe.swiglu(rows_KP)
 
 
 # -------------------------------------------------------------------- the puzzles, and their cases
@@ -124,6 +124,7 @@ PUZZLES = {
     "load_balancing": Puzzle(balance, "loss",
         "granitemoe.py, language model: load_balancing_loss", (
         "N=9 E=5 K=2", "N=4 E=3 K=1", "N=1 E=4 K=4", "N=6 E=5 K=2 shift=110.0",
+        "N=4 E=5 K=2 ties",
     )),
     "cached_step": Puzzle(step, "y keys values", "granitemoe.py, attention: Attention", (
         "B=1 H=2 G=2 T=1 L=3 C=4 scale=0.7 theta=100.0",
@@ -144,6 +145,7 @@ PUZZLES = {
     )),
     "gate_up": Puzzle(gate_up, "y", "fast/kernels.py: gate_up", (
         "D=4 E=3 K=1 F=4 ROWS=4", "D=16 E=5 K=2 F=12 ROWS=8", "D=8 E=4 K=3 F=5 ROWS=4",
+        "float16 D=8 E=4 K=2 F=8 ROWS=8 shift=300.0",
     )),
 }  # fmt: skip
 
@@ -159,7 +161,7 @@ def example(stub: Piece) -> list:
 
 def make(stub: Piece, case: str) -> list:
     """Random arguments, of the shapes in the docstring. A case gives sizes, arguments that are
-    numbers, and conditions: bfloat16, the first tensor times so many, scores so much larger (see
+    numbers, and conditions: a dtype, the first tensor times so many, scores so much larger (see
     large_scores), positions from so far on, ties (nothing is random)."""
     told = re.findall(r"(\w+(?: and \w+)*)\s+\(([A-Z](?:, [A-Z])*)\)", stub.__doc__)
     shapes = {x: shape.split(", ") for names, shape in told for x in names.split(" and ")}
@@ -177,7 +179,7 @@ def make(stub: Piece, case: str) -> list:
         made["weights_NK"] = made["weights_NK"].softmax(dim=-1)
     if "expert_ids_NK" in made:  # the last expert is not chosen, if the others are enough
         some = torch.rand(size["N"], max(size["K"], size["E"] - 1), generator=rng)
-        made["expert_ids_NK"] = some.argsort()[:, : size["K"]]
+        made["expert_ids_NK"] = some.argsort()[:, : size["K"]].contiguous()
     if "expert_ids" in made:
         made["expert_ids"] = torch.rand(size["E"], generator=rng).argsort()[: size["K"]]
     first = next(iter(made))
@@ -187,9 +189,9 @@ def make(stub: Piece, case: str) -> list:
         large_scores(made, size["shift"])
     if "ties" in case:
         made[first] = torch.zeros_like(made[first])
-    if "bfloat16" in case:
+    if dtype := re.match("b?float16", case):
         floats = {x: y for x, y in made.items() if isinstance(y, Tensor) and y.is_floating_point()}
-        made |= {x: y.bfloat16() for x, y in floats.items()}
+        made |= {x: y.to(getattr(torch, dtype[0])) for x, y in floats.items()}
     return list(made.values())
 
 
@@ -199,6 +201,8 @@ def large_scores(made: dict, shift: float) -> None:
     if "logits" in made or "logits_NE" in made:
         name = next(iter(made))
         made[name] = made[name] + shift
+    if "matrices" in made:  # a product of 90,000: float16 ends at 65,504
+        made["x"][0] = made["matrices"][..., 0] = shift
     if "router_ED" in made:
         made["x_ND"][:, 0], made["router_ED"][:, 0] = shift, 1.0
     if "q" in made:

@@ -18,6 +18,7 @@ import re
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
@@ -144,6 +145,12 @@ def advice(said: str) -> str:
     """What to do about an error of PyTorch that does not say it."""
     if "multiple of 16 bytes" in said:
         return ". F.grouped_mm takes rows of whole 16 bytes alone."
+    if re.search("shapes cannot be multiplied|contraction dimension", said):
+        return ". A @ B takes (n, k) and (k, m): is one of them to be transposed?"
+    if "Expected dtype ['fp32'" in said:
+        return ". Keep sums in tl.float32."
+    if "selected index k out of range" in said:
+        return ". Is topk along the wrong dimension?"
     if re.search("same (dtype|type|scalar type)", said):
         return ". Bring both to one dtype: y.to(x.dtype)."
     return ""
@@ -242,7 +249,7 @@ def differ(
             x, y = (getattr(t, what) for t in (a, b))
             x, y = (tuple(z) if what == "shape" else z for z in (x, y))
             if x != y:
-                return f"the {what} of {name} is {x}, must be {y}{remedy(what, x)}"
+                return f"the {what} of {name} is {x}, must be {y}{remedy(what, x, y)}"
         if b.dtype == torch.bfloat16:
             if rounded_alike(a, b, exact[i], strict):
                 continue
@@ -260,8 +267,12 @@ def kinds(ys: tuple) -> list[str]:
     return [f"{y.dtype} {y.shape}" if isinstance(y, Tensor) else "" for y in ys]
 
 
-def remedy(what: str, got: object) -> str:
-    """What to do about a wrong dtype."""
+def remedy(what: str, got: object, must: object) -> str:
+    """What to do about a wrong shape or dtype."""
+    if what == "shape" and sorted(got) == sorted(must):
+        return ". Dimensions are exchanged"
+    if what == "shape" and len(got) > len(must):
+        return ". A dimension is not summed (or averaged) over"
     rounding = what == "dtype" and got in (torch.float32, torch.float64)
     return ". Bring the result back to its input's dtype" if rounding else ""
 
@@ -344,7 +355,7 @@ def mistake(stub: Piece, piece: Piece, path: str, failed: str) -> str:
 
 def special(case: str) -> bool:
     """Not ordinary numbers, but the model's own conditions."""
-    return "bfloat16" in case or "times=" in case or "shift=" in case
+    return any(condition in case for condition in ("bfloat16", "times=", "shift=", "ties"))
 
 
 def overflows(case: str, got: tuple) -> bool:
@@ -398,6 +409,9 @@ WAITS = (
 )
 
 
+COPIES = "Are matrices copied (.contiguous(), an index), or experts computed that nobody chose?"
+
+
 def one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
     """F.one_hot as on a GPU, where it waits only if it must find num_classes. On a CPU it looks
     whether all values are in range too."""
@@ -418,7 +432,8 @@ def try_counts(stub: Piece, piece: Piece, path: str, counts: dict[str, int]) -> 
             products, waits, held = count(piece, inputs)
         allowed, _, own = count(PUZZLES[name].answer, inputs)
         if products > allowed:
-            raise Wrong(f"the values are right, but it runs {products} products, not {allowed}.")
+            more = f"it runs {products} products, not {allowed}. Gate and up can be one."
+            raise Wrong(f"the values are right, but {more}")
         if waits:
             raise Wrong(f"the values are right, but it waits for a value (times: {waits}). {WAITS}")
         if held > 1.3 * own and name == "experts_grouped" and not special(case):
@@ -426,7 +441,7 @@ def try_counts(stub: Piece, piece: Piece, path: str, counts: dict[str, int]) -> 
             at_once = (
                 f"for {case} it holds {held * N:,.0f} bytes at once, granitemoe.py {own * N:,.0f}"
             )
-            raise Wrong(f"the values are right, but {at_once}.")
+            raise Wrong(f"the values are right, but {at_once}. {COPIES}")
 
 
 def examine(stub: Piece, piece: Piece, path: str) -> None:
@@ -469,9 +484,12 @@ def is_empty(piece: Piece) -> bool:
     return {node.id for node in nodes if isinstance(node, ast.Name)} <= {"NotImplementedError"}
 
 
-def interpreted() -> AbstractContextManager:
-    """While it is entered, Triton interprets kernels, on a CPU."""
-    return patch.dict(os.environ, TRITON_INTERPRET="1")
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Within `with`, Triton interprets kernels, on a CPU, and does not warn of what overflows."""
+    with patch.dict(os.environ, TRITON_INTERPRET="1"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def try_kernel(kernel: Piece, path: str) -> None:
@@ -489,23 +507,41 @@ def try_kernel(kernel: Piece, path: str) -> None:
         size = {letter: int(n) for letter, n in re.findall(r"(\w+)=(\d+)", case)}
         unused = torch.ones(size["E"], dtype=torch.bool).index_fill(0, ids_K, False)
         gate_up_EPD[unused] = torch.nan  # whoever uses them gives nan
-        y_KF = torch.full((size["K"] + 1, size["F"]), 7.0)  # a row more, which must stay
+        y_KF = torch.full((size["K"] + 2 * size["E"], size["F"]), 7.0)  # K rows, what follows stays
         grid = (size["K"], triton.cdiv(size["F"], size["ROWS"]))
         with one_line(path, f"for {case}, "), traced(path), quiet(), interpreted():
             act[grid](x_D, gate_up_EPD, ids_K, y_KF, size["D"], size["F"], size["ROWS"])
         want = PUZZLES["gate_up"].answer(x_D, gate_up_EPD, ids_K)
-        if problem := differ(["y"], (y_KF[:-1],), (want,)):
-            named = kernel_mistake(y_KF[:-1], x_D, gate_up_EPD, ids_K)
+        mine, beyond = y_KF[: size["K"]], y_KF[size["K"] :]
+        if problem := differ(["y"], (mine,), (want,)):
+            named = kernel_mistake(mine, x_D.float(), gate_up_EPD.float(), ids_K)
             raise Wrong(f"for {case}, {problem}. {named}".rstrip())
-        if not (y_KF[-1] == 7).all():
+        if not (beyond == 7).all():
             raise Wrong(f"for {case}, it writes past the last row's end. Give tl.store a mask.")
 
 
 def kernel_mistake(y_KF: Tensor, x_D: Tensor, gate_up_EPD: Tensor, ids_K: Tensor) -> str:
+    if y_KF.isnan().any():
+        return UNCHOSEN
+    if y_KF.isinf().any():
+        return NARROW
     for said, wrong in MISTAKES["gate_up"](x_D, gate_up_EPD, ids_K):
         if alike(y_KF, wrong, y_KF):
             return said
-    return ""
+    return UNTOUCHED if (y_KF == 7).any() else ""
+
+
+UNCHOSEN = (
+    "It reads an expert that was not chosen (whose numbers are nan here). Program k takes number "
+    "expert_ids[k]."
+)
+NARROW = (
+    "Its sums are not in float32. Bring x and the rows to tl.float32 before they are multiplied."
+)
+UNTOUCHED = (
+    "Some numbers were not written: they are 7 as before. Program (k, i) writes row k, from number "
+    "i * ROWS on."
+)
 
 
 # --------------------------------------------------------------------------------- within the model

@@ -68,8 +68,8 @@ def gate_up(x, matrices, expert_ids, y, D: tl.constexpr, WIDTH: tl.constexpr, RO
     Program (k, i), of tl.program_id(0) and tl.program_id(1), writes row k of y from number i * ROWS
     on, up to ROWS numbers: silu(g) * u. g and u are the dot products of x with the gate's rows and
     the up's rows of expert number k in expert_ids. The gate's F rows come first. D and ROWS are
-    powers of two; WIDTH is not, so the last program of a row has fewer numbers. Sums are in
-    float32.
+    powers of two; WIDTH is not, so the last program of a row has fewer numbers. x and matrices may
+    be in float16; sums are in float32, and so is y.
 
     Limit: it uses the chosen experts alone.
     """

@@ -4,6 +4,7 @@ A mistake is what is said of it, and what a piece that has made it gives. A piec
 same in every case has made it; where several mistakes give the same, the first is told.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -443,6 +444,8 @@ def wrong_kept(it: Step) -> Mistakes:
     for result in (kept(front_k, front_v), (y, front_k, front_v)):
         yield "The new tokens stand before the old ones. Put them after.", result
     yield "New values stand before the old ones. Put them after.", kept(keys, front_v)
+    new_v = torch.cat((it.values, keys[:, :, L:]), dim=2)
+    yield "The new keys stand for the new values.", kept(keys, new_v)
     yield "Keys and values are swapped in attention.", (it.seeing(values, keys), keys, values)
     yield "Keys and values are swapped in what is returned.", (y, values, keys)
 
@@ -455,7 +458,8 @@ def wrong_seen(it: Step) -> Mistakes:
         return it.seeing(k, v, last), keys, values
 
     yield "The queries see only the new tokens.", seeing(keys[:, :, L:], values[:, :, L:])
-    yield "The queries see only the old tokens.", seeing(it.keys, it.values, L + T)
+    for last in (L + T, L - T):
+        yield "The queries see only old tokens.", seeing(it.keys, it.values, last)
     yield "There is no mask: new tokens see those after them. Hide those.", seeing(last=L + T)
     yield "It is causal by T: the mask must begin at the old tokens' end.", seeing(last=0)
     yield "Each query sees one key too many.", seeing(last=L + 1)
@@ -577,6 +581,7 @@ def of_expert(x_ND: Tensor, gate_up_PD: Tensor, down_DF: Tensor) -> Mistakes:
         yield other, one_expert(x_ND, rows_PD, down_DF)
     for said, hidden in wrong_hidden(g, u):
         yield said, hidden @ down
+    yield "down_DF is missing: it comes last.", F.silu(g) * u
     yield f"down_DF is {not_T}. Transpose it.", F.silu(g) * u @ down_DF.reshape(width, D)
     yield "silu comes after down. Apply it to g, before.", F.silu(g * u @ down)
     folded = one_expert(x_ND, refolded(gate_up_PD), down_DF)
@@ -708,6 +713,11 @@ def wrong_choice(it: Experts) -> Mistakes:
     yield "Only the first choice is used, with weight 1. Add up all K.", it.but(w=w**0 * first)
     yield "The first choice of a token is left out.", it.but(w=w * ~first)
     yield "The last choice of a token is left out.", it.but(w=w * ~last)
+    chosen, even = F.one_hot(it.ids.flatten(), len(it.down)), it.ids.numel() / len(it.down)
+    place = (chosen.cumsum(0) * chosen).sum(1).view(w.shape)  # a token is its expert's first: 1
+    for capacity in (int(even), math.ceil(even)):
+        dropped = "An expert drops tokens over a capacity. GraniteMoe has none: take all."
+        yield dropped, it.but(w=w * (place <= capacity))
 
 
 def wrong_matrices(it: Experts) -> Mistakes:
@@ -882,6 +892,9 @@ def wrong_counts(logits_NE: Tensor, K: int) -> Mistakes:
     p_E, least_NE, above_NE = probs_NE.mean(0), counted(-logits_NE, K), probs_NE > 1 / E
     yield f"It counts the smallest scores. {best}", loss_of(least_NE.mean(0), p_E)
     yield f"It counts experts over 1/E. {best}", loss_of(above_NE.float().mean(0), p_E)
+    level_NE = logits_NE >= logits_NE.topk(K).values[:, -1:]
+    equal = "Of equal scores it counts more than K. Count those that topk chooses."
+    yield equal, loss_of(level_NE.float().mean(0), p_E)
     counts = logits_NE.topk(K).indices.flatten().bincount() / N
     if len(counts) not in (1, E):  # PyTorch cannot multiply them
         counts = torch.tensor(torch.nan)
@@ -970,8 +983,9 @@ def wrong_cut(probs: Tensor, p: float) -> Mistakes:
     for count in (max(1, round(p * V)), int(p * V), max(1, int(p * V))):
         share = "This keeps a share p of the ids. Their probabilities must add up to p."
         yield share, it.of(place < count)
-    for cut in (stay.any(0, keepdim=True), stay[:1]):
-        yield "All rows have the same cut. Each has its own.", it.of(cut.expand_as(stay))
+    first = probs * (keep(probs.log(), p)[:1] > 0)
+    for y in (it.of(stay.any(0, keepdim=True)), it.of(stay[:1]), shares(first)):
+        yield "All rows have the same cut. Each has its own.", y
     low = "This is min-p: ids of at least p times the largest. Add up probabilities."
     yield low, it.of(it.down >= p * it.down[:, :1])
     yield low, it.of(it.down > p * it.down[:, :1])
@@ -1032,7 +1046,11 @@ def of_sort(ids_NK: Tensor, E: int) -> Mistakes:
         yield said, (inverse, y, ends_E)
     back = flat.sort(stable=True, descending=True).indices
     yield "Experts are in reverse. Expert 0 comes first.", (back, back // K, ends_E)
-    yield "These are experts. Return places, and their tokens.", (flat[order], tokens, ends_E)
+    for result in ((flat[order], tokens, ends_E), (order, flat[order], ends_E)):
+        yield "These are experts. Return places, and their tokens.", result
+    rows = (ids_NK.argsort(stable=True) + torch.arange(N)[:, None] * K).flatten()
+    each = "Each token's choices are sorted by themselves. Sort all of them, flattened."
+    yield each, (rows, rows // K, ends_E)
 
 
 def of_gate_up(x_D: Tensor, gate_up_EPD: Tensor, ids_K: Tensor) -> Mistakes:
@@ -1044,12 +1062,16 @@ def of_gate_up(x_D: Tensor, gate_up_EPD: Tensor, ids_K: Tensor) -> Mistakes:
     g, u = torch.einsum("kpd,d->kp", chosen, x_D).chunk(2, dim=-1)
     yield from wrong_hidden(g, u)
     yield "The gate is the first half, not every other row.", act(apart_rows(chosen))
+    late, near = gate_up_EPD.flatten(1)[ids_K], torch.arange(width)[:, None] * len(x_D) + width
+    swapped = late.view(len(ids_K), len(x_D), -1).transpose(1, 2)
+    lines = "Row r of a matrix begins at r * D. A row's numbers follow each other."
+    yield lines, act(swapped)
+    yield lines, F.silu(g) * (late[:, near + torch.arange(len(x_D))] @ x_D)
     rows = ids_K[:, None] * width + torch.arange(2 * width)
     stride = "An expert has 2 * WIDTH rows. Expert e begins at row e * 2 * WIDTH."
     yield stride, act(gate_up_EPD.flatten(0, 1)[rows])
     unchosen = "It reads an expert that was not chosen. Program k takes number expert_ids[k]."
     yield unchosen, act(gate_up_EPD[: len(ids_K)])
-    yield unchosen, torch.full_like(g, torch.nan)
 
 
 MISTAKES: dict[str, Callable[..., Mistakes]] = {
