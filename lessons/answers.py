@@ -135,7 +135,7 @@ PUZZLES = {
     )),
     "top_p": Puzzle(keep, "probs", "generate.py, the next id: filtered_probs", (
         "B=3 V=9 p=0.7", "B=2 V=20 p=0.95", "B=3 V=5 p=0.1", "B=2 V=8 p=1.0",
-        "B=3 V=6 p=0.9 shift=110.0", "B=1 V=8 p=0.5 ties",
+        "B=3 V=6 p=0.9 shift=110.0", "B=3 V=6 p=0.9 shift=-110.0", "B=1 V=8 p=0.5 ties",
     )),
     "sort_by_expert": Puzzle(granitemoe.sort_by_expert, "order_M tokens_M ends_E",
         f"{MOE} sort_by_expert", ("N=9 K=2 E=4", "N=9 K=2 E=64", "N=1 K=3 E=5")),

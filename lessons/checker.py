@@ -57,6 +57,10 @@ class Unwritten(Wrong):
     """Its body is not there yet."""
 
 
+class Endless(BaseException):
+    """A loop does not end. `except Exception` in a learner's code does not catch it."""
+
+
 # --------------------------------------------------------------------- running what a learner wrote
 class Count(TorchDispatchMode):
     """Counts the operations of PyTorch inside `with`."""
@@ -125,7 +129,7 @@ def one_line(path: str, start: str = "") -> Iterator[None]:
         yield
     except Wrong:
         raise
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
+    except (Exception, SystemExit, KeyboardInterrupt, Endless) as error:
         if type(error).__name__ == "InterpreterError" and error.__cause__:
             error = error.__cause__  # what Triton's interpreter met
         if start and isinstance(error, NotImplementedError) and not str(error):
@@ -159,13 +163,13 @@ def advice(said: str) -> str:
 @contextmanager
 def traced(path: str) -> Iterator[list[str]]:
     """Within `with`, the list fills with the answer book's functions that are called. Raises
-    RuntimeError in the file `path` when MOST_STEPS of it have run."""
+    Endless in the file `path` when MOST_STEPS of it have run."""
     used, left = [], [MOST_STEPS]
 
     def at_step(frame: FrameType, event: str, _: object) -> object:
         left[0] -= 1
         if left[0] < 0:
-            raise RuntimeError(f"still running after {MOST_STEPS:,} steps. Does a loop never end?")
+            raise Endless(f"still running after {MOST_STEPS:,} steps. Does a loop never end?")
         return at_step
 
     def at_call(frame: FrameType, event: str, _: object) -> object:
@@ -237,7 +241,8 @@ def rounded_alike(mine: Tensor, right: Tensor, exact: Tensor, strict: bool) -> b
 def differ(
     names: list[str], got: tuple, want: tuple, exact: tuple = (), strict: bool = False
 ) -> str:
-    """The first difference in words, or nothing. exact: want in float64, where it is bfloat16."""
+    """The first difference in words, or nothing. exact: want in float64, where it is bfloat16.
+    strict: see rounded_alike; and what must be 0 is 0 itself."""
     if len(got) != len(want):
         return f"{len(got)} came back, must be {len(want)}: {', '.join(names)}"
     if kinds(got) != kinds(want) and sorted(kinds(got)) == sorted(kinds(want)):
@@ -257,6 +262,7 @@ def differ(
             far = (a != b) & (off >= off[a != b].amax()) if strict else off >= off.amax()
         else:
             far = ~torch.isclose(a, b, 1e-4, 1e-6 * (1 + b.double().norm().item()))
+            far |= (a != 0) & (b == 0) & strict
         for at in far.nonzero().tolist()[:1]:
             mine, right = (x[tuple(at)].item() for x in (a, b))
             return f"{name}{at or ''} is {mine:.5g}, must be {right:.5g}"
@@ -282,7 +288,8 @@ class Wanted:
 
     def __init__(self, name: str, inputs: list) -> None:
         answer, self.names = PUZZLES[name].answer, PUZZLES[name].gives.split()
-        self.strict, self.tied = name == "rms_norm", name == "top_p" and is_tied(inputs[0])
+        self.strict = name in ("rms_norm", "top_p")
+        self.tied = name == "top_p" and is_tied(inputs[0])
         self.want, _ = run(answer, inputs)
         wide = [x.double() if is_float(x) else x for x in inputs]
         self.exact = run(answer, wide)[0] if self.want[0].dtype == torch.bfloat16 else ()
@@ -290,7 +297,7 @@ class Wanted:
     def problem(self, got: tuple) -> str:
         if self.tied and isinstance(got[0], Tensor) and got[0].shape == self.want[0].shape:
             got, want = ([y.sort(dim=-1).values for y in ys] for ys in (got, self.want))
-            return differ(self.names, tuple(got), tuple(want))
+            return differ([f"sorted {name}" for name in self.names], tuple(got), tuple(want))
         return differ(self.names, got, self.want, self.exact, self.strict)
 
     def same(self, got: tuple, other: tuple) -> bool:
@@ -318,7 +325,8 @@ def alike(mine: object, other: Tensor, right: Tensor) -> bool:
     kind = lambda x: (x.shape, x.layout, x.device, x.is_complex())  # noqa: E731
     if not isinstance(mine, Tensor) or kind(mine) != kind(other):
         return False
-    other, finite = other.to(mine.dtype), mine.isfinite()
+    mine, other = mine.double(), other.to(mine.dtype).double()
+    finite = mine.isfinite()
     if not torch.equal(finite, other.isfinite()):
         return False
     if not torch.allclose(mine[~finite], other[~finite], equal_nan=True):
@@ -392,7 +400,7 @@ def try_gradients(stub: Piece, piece: Piece, path: str) -> None:
     for case, inputs in cases(stub):
         if special(case):
             continue
-        with one_line(path, f"for {case}, with gradients, "), quiet():
+        with one_line(path, f"for {case}, with gradients, "), traced(path), quiet():
             slopes = gradients(piece, inputs)
         rights = gradients(PUZZLES[stub.__name__].answer, inputs)
         for x, mine, right in zip(names, slopes, rights, strict=True):
@@ -607,7 +615,8 @@ def in_place(solved: dict[str, Piece], config: GraniteMoeConfig) -> Iterator[set
     def noted(name: str, piece: Piece) -> Piece:
         def call(*given: object) -> object:
             called.add(name)
-            return piece(*given)
+            with traced(defined_in(piece)):
+                return piece(*given)
 
         return call
 
@@ -693,8 +702,9 @@ def attempt(piece: Piece, name: str, path: str) -> str:
 def check(piece: Piece) -> bool:
     """Try a function as it stands in a notebook, and print what is said of it."""
     name = getattr(written(piece), "__name__", str(piece))
-    if name not in PUZZLES:
-        raise ValueError(f"{name}: no puzzle has this name; they are {', '.join(PUZZLES)}")
+    if not callable(piece) or name not in PUZZLES:
+        print(f"{name:.60}: give a function of one of these names: {', '.join(PUZZLES)}")
+        return False
     said = attempt(piece, name, defined_in(piece))
     print(f"{name}: {said}")
     return said.startswith("solved")
@@ -703,7 +713,7 @@ def check(piece: Piece) -> bool:
 def load(path: str) -> dict[str, object]:
     """What a learner's file defines."""
     found = {"__name__": "pieces", "__file__": path}
-    with usual_settings(), one_line(path):
+    with usual_settings(), one_line(path), traced(path):
         exec(compile(Path(path).read_bytes(), path, "exec"), found)
     return found
 
@@ -719,17 +729,18 @@ def parse(file: str) -> tuple[str | None, list[str]]:
     if args.file in names and not args.name:
         args.file, args.name = None, args.file
     own = Path(sys.argv[0]).resolve() == HERE / f"{file}.py"
-    path = args.file or (None if own else sys.argv[0])  # a copy that is run itself
+    path = args.file if args.file is not None or own else sys.argv[0]  # a copy that is run itself
+    if path is None and args.name:
+        raise ValueError(f"{args.name}: of which file? Name it first: my_{file}.py {args.name}")
     if path is None:
         return None, []
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: is a folder. Name a file, such as my_{file}.py")
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file. Begin with: cp lessons/{file}.py {path}")
+    shown, begin = ascii(path)[1:-1][:80], f"Begin with: cp lessons/{file}.py my_{file}.py"
+    if os.path.isdir(path):
+        raise ValueError(f"{shown}: is a folder. Name a file, such as my_{file}.py")
+    if not os.path.isfile(path):
+        raise ValueError(f"{shown}: no such file. {begin}")
     if str(Path(path).resolve()) in BOOK:
-        raise ValueError(
-            f"{path}: is the answer book. Begin with: cp lessons/{file}.py my_{file}.py"
-        )
+        raise ValueError(f"{shown}: is the answer book. {begin}")
     return path, [args.name] if args.name else names
 
 
@@ -739,6 +750,8 @@ def try_file(file: str) -> None:
         print(FILES[file].__doc__.partition("\n\nEach")[0].partition("\n\nTime")[0])
         return
     found, solved, waiting = load(path), {}, []
+    if asked[1:] and not found.keys() & {*asked}:
+        raise ValueError(f"{path}: has none of these functions: {', '.join(asked)}")
     for name in asked:
         said = attempt(found.get(name), name, path)
         if said.startswith("not written"):

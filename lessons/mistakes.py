@@ -50,6 +50,10 @@ def wrong_root(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
     yield "eps is squared. Add it as it is.", over((mean + eps * eps).sqrt())
     yield "eps is added to the sum. Add it to the mean.", over((mean + eps / len(weight)).sqrt())
     yield "eps is added to the result. Add it to the mean.", over(root) + eps
+    yield (
+        "The sum is divided by D - 1. Divide by D.",
+        over((total / (len(weight) - 1) + eps).sqrt()),
+    )
     summed = total.sqrt()
     for norms in ((total + eps).sqrt(), summed + eps, summed.clamp(min=eps), summed):
         yield "This is the root of the sum. Take the root of the mean.", over(norms)
@@ -105,6 +109,9 @@ def rounded_norm(x: Tensor, weight: Tensor, eps: float) -> Mistakes:
     yield early, (x.float() / root * weight.float()).to(x.dtype)
     for y in (x * rough.rsqrt(), x / rough.sqrt()):
         yield "The mean, or the root, is computed in x's dtype. First: x.float().", y * weight
+    squares = x.square().mean(-1, keepdim=True).float() + eps
+    inside = "The mean is computed in x's dtype. First: x.float()."
+    yield inside, (x.float() * squares.rsqrt()).to(x.dtype) * weight
     late = "The root is rounded to x's dtype before the division. Divide in float32."
     yield late, x / root.to(x.dtype) * weight
     yield late, x * (1 / root).to(x.dtype) * weight
@@ -301,7 +308,7 @@ def wrong_softmax(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
     yield f"Masked scores are only 1 less. {minus}", it.mean((it.scores - 1.0 * hidden).softmax(-1))
     large = f"The masked scores are not small enough: a score may be less. {minus}"
     yield large, it.masked(it.seen, -1.0)
-    for value in (-10.0, -20.0, -50.0, -100.0):
+    for value in (-10.0, -20.0, -30.0, -50.0, -100.0, -150.0):
         yield large, it.masked(it.seen, value)
     for value in (-10.0, -20.0):
         yield large, it.mean((it.scores + value * hidden).softmax(-1))
@@ -538,6 +545,7 @@ def wrong_scores(x_ND: Tensor, router_ED: Tensor, K: int) -> Mistakes:
     folded_NE, plain = x_ND @ router_ED.reshape(D, E), "Take the dot products as they are."
     yield f"Scores are divided by the root of D. {plain}", best_of(logits_NE * D**-0.5, K)
     yield f"Scores are divided by K. {plain}", best_of(logits_NE / K, K)
+    yield f"Scores are multiplied by K. {plain}", best_of(logits_NE * K, K)
     yield "These are cosines. Take the dot products.", best_of(cosines_NE, K)
     yield "router_ED is reshaped, or not transposed. Transpose it.", best_of(folded_NE, K)
 
@@ -610,6 +618,9 @@ def wrong_hidden(g: Tensor, u: Tensor) -> Mistakes:
     yield f"This is tanh. {take}", g.tanh() * u
     yield f"This is softmax. {take}", g.softmax(-1) * u
     yield f"This is softplus. {take}", F.softplus(g) * u
+    yield f"This is mish. {take}", F.mish(g) * u
+    yield f"This is hardswish. {take}", F.hardswish(g) * u
+    yield "g has the wrong sign in silu.", F.silu(-g) * u
     yield "silu is applied to the product. Apply it to g alone.", F.silu(g * u)
     yield "silu is applied to u too. Apply it to g alone.", F.silu(g) * F.silu(u)
     yield "silu(g) and u are added. Multiply them.", F.silu(g) + u
@@ -695,6 +706,8 @@ def wrong_sum(it: Experts) -> Mistakes:
     yield "The weight of the first choice is used for all.", it.but(w=w[:, :1].expand_as(w))
     yield "The weight of the last choice is used for all.", it.but(w=w[:, -1:].expand_as(w))
     yield "The weights are in reverse.", it.but(w=w.flip(1))
+    mean = w.mean(1, keepdim=True).expand_as(w)
+    yield "All choices have the mean of the weights. Each has its own.", it.but(w=mean)
     yield "Weights are in the order of experts, not of choices.", it.but(w=w.gather(1, by_id))
     yield "Each weight is divided by K. They sum to 1 already.", y / K
     yield "Weights are divided by their sum over an expert's tokens.", it.but(w=w / shares_E[ids])
@@ -746,6 +759,9 @@ def wrong_ids(it: Experts) -> Mistakes:
     shifted = it.but(w=w * (ids + 1 < E), ids=(ids + 1) % E)
     yield "Each choice goes to the next expert. (Are the runs' ends their beginnings?)", shifted
     yield "All experts use the same matrices, those of expert 0.", it.but(ids=ids * 0)
+    for name in ("gate_up", "down"):
+        same = getattr(it, name)[:1].expand_as(getattr(it, name))
+        yield f"All experts use the {name} of expert 0.", it.but(**{name: same})
     every = it._replace(ids=torch.arange(E).expand(N, E))
     for one in (w.new_ones(N, E), w[:, :1].expand(N, E)):
         yield "Each expert sees all tokens. Only those that chose it count.", every.but(w=one)
@@ -847,6 +863,7 @@ def wrong_factor(logits_NE: Tensor, K: int) -> Mistakes:
     yield "It is multiplied by K. Leave that out.", loss * K
     yield "It is divided by K, and not multiplied by E. Multiply by E alone.", loss / E / K
     yield "It is multiplied by K, not by E.", loss / E * K
+    yield "It is multiplied by N, not by E.", loss / E * N
     yield "One of the two means is a sum over tokens. Divide it by N.", loss * N
     yield "Both means are sums over tokens. Divide both by N.", loss * N * N
     yield "The sign is wrong.", -loss
@@ -880,6 +897,8 @@ def wrong_probabilities(logits_NE: Tensor, K: int) -> Mistakes:
         yield some, loss_of(f_E, kept.mean(0))
     yield "These are the scores. Take their softmax.", loss_of(f_E, logits_NE.mean(0))
     yield "These are sigmoids. Take the softmax.", loss_of(f_E, logits_NE.sigmoid().mean(0))
+    cooler = loss_of(f_E, (logits_NE / K).softmax(-1).mean(0))
+    yield "Scores are divided by K. Take the softmax of them as they are.", cooler
     early = loss_of(f_E, logits_NE.mean(0).softmax(0))
     yield "It is the softmax of mean scores. Take the mean of softmaxes.", early
     log_loss = loss_of(f_E, logits_NE.log_softmax(-1).mean(0))
@@ -944,6 +963,9 @@ def wrong_division(logits: Tensor, p: float) -> Mistakes:
     for y in (kept.softmax(-1), again.softmax(-1), right.softmax(-1)):
         yield "The softmax is taken of probabilities. Divide them by their sum.", y
     yield "The dropped logits are 0. Make them -inf.", (logits * stay).softmax(-1)
+    small = [logits.masked_fill(~stay, x).softmax(-1) for x in (-1.0, -10.0, -20.0, -50.0, -100.0)]
+    for y in (*small, *(shares(kept.clamp(min=least)) for least in (1e-9, 1e-8, 1e-6))):
+        yield "What is dropped is only nearly 0. Make its logit -inf, or its probability 0.", y
     yield "These are ones. Give probabilities.", stay.float()
     even = shares(stay.float())
     yield "What stays is equally likely. Keep the probabilities' proportions.", even
@@ -961,6 +983,8 @@ def one_off(probs: Tensor, p: float) -> Mistakes:
         cut, some = it.apart(fewer), it.apart(fewer | best)
         for y in (shares(cut), shares(cut).nan_to_num(0.0), cut, shares(some), some):
             yield "The id with which the sum reaches p is dropped. It stays.", y
+    level = it.of(mass - it.down <= p)
+    yield "Where the sum is p already, one more stays. Compare by <, not <=.", level
     yield "One id too many stays.", it.of(F.pad(stay[:, :-1], (1, 0), value=True))
     fewer, is_best = F.pad(stay[:, 1:], (0, 1)), probs == probs.amax(-1, keepdim=True)
     value = probs.masked_fill(it.apart(stay) == 0, 2.0).amin(-1, keepdim=True)
@@ -1089,4 +1113,4 @@ MISTAKES: dict[str, Callable[..., Mistakes]] = {
     "experts_grouped": of_grouped,
     "gate_up": of_gate_up,
 }
-assert MISTAKES.keys() <= PUZZLES.keys()
+assert MISTAKES.keys() == PUZZLES.keys()

@@ -203,6 +203,11 @@ PLANTED = [  # a puzzle, what of its body is replaced (all, if None) and by what
      "rotary(torch.cat([keys, k], 2), torch.arange(at[-1] + 1), theta)",
      "old keys are turned again"),
     ("top_p", "- probs < p", "< p", "reaches p is dropped"),
+    ("top_p", "- probs < p", "- probs <= p", "Where the sum is p already, one more stays."),
+    ("top_p", "return torch.zeros_like(probs).scatter(-1, order, probs)",
+     "return (logits + 1e-20).masked_fill("
+     "torch.zeros_like(probs).scatter(-1, order, probs) == 0, -15.0).softmax(-1)",
+     "What is dropped is only nearly 0."),
     ("top_p", "- probs < p", "- probs < max(1 - p, 1e-9)", "keeps 1 - p"),
     ("top_p", "probs / probs.sum(-1, keepdim=True)", "probs", "not divided by its sum"),
     ("top_p", "torch.zeros_like(probs).scatter(-1, order, probs)", "probs", "They are sorted"),
@@ -840,8 +845,30 @@ def test_a_loop_that_never_ends(loop, monkeypatch):
         assert "must be 0.2." in line
         return
     last = 1 + text[: text.index(loop.splitlines()[0])].count("\n") + loop.count("\n")
-    told_at = int(re.search(r"my_puzzles\.py, line (\d+): RuntimeError: still running", line)[1])
+    told_at = int(re.search(r"my_puzzles\.py, line (\d+): Endless: still running", line)[1])
     assert last - 1 <= told_at <= last and "Does a loop never end?" in line
+
+
+@pytest.mark.parametrize("where, said", [
+    ("at the top", r"puzzles.py: error: my_puzzles.py, line \d+: Endless: still running"),
+    ("with gradients", r"rms_norm: for the example .*, with gradients, my_puzzles.py, line \d+: "),
+    ("in the model", "puzzles.py: error: within the model, my_puzzles.py, line \\d+: Endless: st"),
+    ("in try", r"rms_norm: for the example .*, my_puzzles.py, line \d+: Endless: still running"),
+])  # fmt: skip
+def test_a_loop_that_never_ends_elsewhere(where, said, monkeypatch, run):
+    monkeypatch.setattr(checker, "MOST_STEPS", 9000)
+    loop = {
+        "at the top": "",
+        "with gradients": "while x.requires_grad: pass",
+        "in the model": "while len(weight) > 100: pass",
+        "in try": "while True:\n            try: pass\n            except Exception: continue",
+    }[where]
+    text = fill({"rms_norm": f"\n        {loop}\n{RIGHT['rms_norm']}"})
+    if where == "at the top":
+        text = text.replace("# ---", "while True: pass\n# ---", 1)
+    names = [] if where == "in the model" else ["rms_norm"]
+    lines, status = run(text, *names)
+    assert status == 1 and re.match(said, lines[-1]), lines
 
 
 def test_right_bodies_have_few_steps(monkeypatch):
@@ -977,7 +1004,9 @@ def test_names_and_files(run, monkeypatch, capsys):
         said = ["route: my_puzzles.py has no function of this name."]
         assert run(text, "route") == (said, 1)
     monkeypatch.setattr(sys, "argv", ["puzzles.py", "none.py"])
-    with pytest.raises(SystemExit, match=r"no such file. Begin with: cp lessons/puzzles\.py none"):
+    with pytest.raises(
+        SystemExit, match=r"none.py: no such file. Begin with: cp lessons/puzzles\.py my_"
+    ):
         checker.main("puzzles")
     for file, own in (("puzzles", "ten"), ("faster", "three")):
         monkeypatch.setattr(sys, "argv", [str(ROOT / "lessons" / f"{file}.py")])
@@ -985,6 +1014,27 @@ def test_names_and_files(run, monkeypatch, capsys):
         out = capsys.readouterr().out
         assert f"cp lessons/{file}.py my_{file}" in out and own in out and "Each piece" not in out
     assert run(SOURCES["puzzles"], "rout")[1] == run(SOURCES["puzzles"], "gate_up")[1] == 2
+
+
+def test_a_file_without_the_pieces(run):
+    text = "x = 1\n"
+    for file in ("puzzles", "faster"):
+        lines, status = run(text, file=file)
+        assert status == 1 and len(lines) == 1
+        assert "my_puzzles.py: has none of these functions: " in lines[0]
+    assert "none of these functions: rms_norm, rot" in run(SOURCES["faster"])[0][0]
+
+
+@pytest.mark.parametrize("file, said", [
+    ("route", "route: of which file? Name it first: my_puzzles.py route"), ("", "no such file"),
+    ("a\nb.py", r"a\nb.py: no such file"), ("x" * 5000, "xxx: no such file"),
+    ("/dev/null", "/dev/null: no such file. Begin with: cp lessons/puzzles.py my_puzzles.py"),
+])  # fmt: skip
+def test_files_that_are_none(file, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "lessons" / "puzzles.py"), file])
+    with pytest.raises(SystemExit) as end:
+        checker.main("puzzles")
+    assert said in end.value.code and len(end.value.code) < 200 and "\n" not in end.value.code
 
 
 def test_a_copy_tries_itself(tmp_path):
@@ -1041,11 +1091,12 @@ def test_in_a_notebook(capsys):
         "expert: not written yet (nothing is returned).",
         "experts_loop: your `expert` returns nothing yet. Write it first.",
     ]
-    with pytest.raises(
-        ValueError, match=r"helper: no puzzle has this name; they are rms_norm, rot"
-    ):
-        cell("def helper(): pass", space, 9)
-        checker.check(space["helper"])
+    cell("def helper(): pass", space, 9)
+    for other in (space["helper"], "rms_norm", 3, None):
+        assert checker.check(other) is False
+        said = capsys.readouterr().out
+        assert "give a function of one of these names: rms_norm, rotary, att" in said
+        assert said.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------ faster
