@@ -165,10 +165,7 @@ def drop_each(model: GraniteMoeForCausalLM, ids: list[int]) -> Tensor:
 
 def print_drops(model: GraniteMoeForCausalLM, args: argparse.Namespace, ids: list[int]) -> None:
     """Print the table of drop_each and, if asked to, draw it. Raises ValueError."""
-    figure = new_figure(figsize=(9, 5)) if args.plot else None  # before the work, or not at all
-    kinds = figure.canvas.get_supported_filetypes() if figure else {}
-    if figure and args.plot.suffix[1:].lower() not in kinds:
-        raise ValueError(f"--plot: must end in one of .{', .'.join(kinds)}, got {args.plot.name!a}")
+    figure = new_figure(args.plot, figsize=(9, 5)) if args.plot else None  # before the work
     with progress("scored tokens") as tell:
         before = loss(model, ids, tell)
     rises = drop_each(model, ids) - before

@@ -16,12 +16,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, command, markdown, new_figure
+from common import Parser, command, file_name, markdown, new_figure, new_file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path(__file__).resolve().parent / "runs"
 KINDS = {"balanced": [], "off": ["--aux-coef", "0"], "dense": ["--dense"]}
 SEEDS = ("0", "1")
+NUMBERS = ("tokens_seen", "held_out_loss", "parameters", "active_parameters")
 PANELS = {
     "held_out_loss": "held-out loss, nats a token",
     "max_share": "share of the busiest expert",
@@ -54,9 +55,9 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{log}: not a training log: {error}") from None
     try:
         told = json.loads(report.read_text(encoding="utf-8"))
-        told["tokens_seen"], told["held_out_loss"] + 0, told["expert_shares"]
-        told["parameters"] + told["active_parameters"]
-    except (KeyError, TypeError, ValueError) as error:
+        sum(told[name] for name in NUMBERS)  # raises TypeError if one is no number
+        sum(sum(layer) / len(layer) for layer in told["expert_shares"]) / len(told["expert_shares"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{report}: not a training's report: {error}") from None
     if not rows:
         raise ValueError(f"{log}: no rows")
@@ -110,7 +111,7 @@ def share_table(runs: list[Run]) -> str:
 
 def draw(runs: list[Run], out: Path) -> None:
     """A panel for each of PANELS, side by side. Raises ValueError where matplotlib is missing."""
-    figure = new_figure(figsize=(10, 3.2))
+    figure = new_figure(out, figsize=(10, 3.2))
     kinds = [*dict.fromkeys(run.kind for run in runs)]
     for axes, (column, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for run in runs:
@@ -127,12 +128,14 @@ def draw(runs: list[Run], out: Path) -> None:
 
 def main() -> None:
     parser = Parser(description="Compare trainings.")
-    parser.add_argument("runs", nargs="*", type=Path, help="folders (default: lessons/runs/*)")
-    parser.add_argument("--train", type=Path, metavar="FOLDER", help="train the six there first")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the logs")
+    parser.add_argument("runs", nargs="*", type=file_name, help="folders (default: lessons/runs/*)")
+    parser.add_argument(
+        "--train", type=file_name, metavar="FOLDER", help="train the six there first"
+    )
+    parser.add_argument("--plot", type=new_file_name, metavar="FILE", help="draw the logs")
     args = parser.parse_args()
     if args.train and args.plot:
-        new_figure()  # what is missing is told before the work
+        new_figure(args.plot)  # what is missing is told before the work
     folders = train(args.train) if args.train else args.runs
     if not folders:
         folders = [RUNS / f"{kind}-{seed}" for kind in KINDS for seed in SEEDS]

@@ -73,15 +73,20 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def new_figure(**options) -> "Figure":
-    """An empty picture. Raises ValueError where matplotlib is missing."""
+def new_figure(file: Path, **options) -> "Figure":
+    """An empty picture, to be saved as file. Raises ValueError where matplotlib is missing or does
+    not write such files."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("drawing needs matplotlib; run: pip install matplotlib") from None
     matplotlib.rcParams["svg.hashsalt"] = "lessons"  # the same picture, the same file
-    return Figure(layout="constrained", facecolor="white", **options)
+    figure = Figure(layout="constrained", facecolor="white", **options)
+    kinds = figure.canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot: must end in one of .{', .'.join(kinds)}, got {file.name!a}")
+    return figure
 
 
 def read_text(file: Path) -> str:

@@ -5,8 +5,8 @@
 Runs each command of a console block that has output below it, or a table after the block, and puts
 the new output in its place. It also makes the pictures, three.html, the tables between
 <!-- marks --> and the lines that links to granitemoe.py name; then course.ipynb, from the course's
-page. Left as they are: what measures speed, quotes that differ in times only, and commands that
-fail, each with a note: what takes a model of step 5's trainings.
+page. These stay as they are: what measures speed, what needs a reader's own file or a training,
+quotes that differ in times only, and, with a note, commands that fail.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import notebook
 import three
-from common import command, markdown
+from common import Parser, command, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "lessons/README.md", "tiny/README.md")]
@@ -94,6 +94,7 @@ def renew(page: str) -> str:
 
 
 def main() -> None:
+    Parser(description=__doc__.splitlines()[0]).parse_args()
     for path in PAGES:
         page = renew(old := path.read_text(encoding="utf-8"))
         for line, shown, where in reversed(find_quotes(page)):  # so that places stay true

@@ -8,6 +8,7 @@ thread; a test of threads asks for its own. What is long by nature is marked tho
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -315,6 +316,22 @@ def command(*args: str) -> Callable[[], int]:
         return generate.main()
 
     return act
+
+
+NUMBER = re.compile(r"\d[\d,]*\.?\d*")
+
+
+def same_output(old: str, new: str) -> bool:
+    """Line for line, but for rounding, which another processor may do otherwise: a number may be
+    off by one and a half in its last place, or by 0.001."""
+    words = [[NUMBER.sub("#", x).split() for x in y.rstrip().splitlines()] for y in (old, new)]
+    if words[0] != words[1]:
+        return False
+    for x, y in zip(*(NUMBER.findall(text.replace(",", "")) for text in (old, new)), strict=True):
+        places = len(x.partition(".")[2])
+        if abs(float(x) - float(y)) > max(1.5 * 10**-places, 0.001):
+            return False
+    return True
 
 
 def problem(outcome: Outcome, status: int) -> str:

@@ -20,7 +20,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, checkpoint, on_posix, representing, thorough, write_files
+from conftest import (
+    CONFIG,
+    ROOT,
+    checkpoint,
+    on_posix,
+    representing,
+    same_output,
+    thorough,
+    write_files,
+)  # fmt: skip
 from safetensors.torch import load, save
 from torch.utils import benchmark
 
@@ -152,7 +161,6 @@ def test_a_pipe_can_be_scored(run, folder, tmp_path):
     writer.join()
 
 
-NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 COURSE = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
 ANEW = "a quote is old; run: python lessons/quotes.py"
 
@@ -166,7 +174,6 @@ LONG = [  # those that try each of the experts
 
 @pytest.mark.parametrize("line, shown", LONG)
 def test_quoted_outputs_are_real(line, shown, run, monkeypatch, tmp_path):
-    """Line for line, up to rounding, which another processor may do otherwise."""
     monkeypatch.chdir(ROOT)
     plain, _, pipe = line.partition(" | ")
     _, script, *arguments = shlex.split(plain.replace("/tmp/", f"{tmp_path}/"))
@@ -175,12 +182,23 @@ def test_quoted_outputs_are_real(line, shown, run, monkeypatch, tmp_path):
     printed = run(importlib.import_module(f"lessons.{Path(script).stem}"), *arguments)
     lines = printed.replace(f"{tmp_path}/", "/tmp/").rstrip().splitlines()
     lines = lines[: int(pipe.removeprefix("head -"))] if pipe.startswith("head") else lines
-    assert len(lines) == len(shown.splitlines()), ANEW
-    for old, new in zip(shown.splitlines(), lines, strict=True):
-        assert NUMBER.sub("#", old).split() == NUMBER.sub("#", new).split(), ANEW
-        numbers = (NUMBER.findall(x.replace(",", "")) for x in (old, new))
-        for x, y in zip(*numbers, strict=True):
-            assert float(x) == pytest.approx(float(y), rel=0.02, abs=0.02), ANEW
+    assert same_output(shown, "\n".join(lines)), ANEW
+
+
+def test_what_counts_as_the_same_output():
+    shown = "unchanged  2.9989\n+0.031 12%"
+    assert same_output(shown, "unchanged 2.9992\n+0.032 13%\n")
+    for other in ("unchanged 3.0264\n+0.031 12%", "unchanged 2.9989\n+0.049 12%",
+                  "unchanged 2.9989\n-0.031 12%", "unchanged 2.9989\n+0.031 14%",
+                  "unchanged 2.9989", "unchanged 2.9989 +0.031 12%"):  # fmt: skip
+        assert not same_output(shown, other), other
+
+
+def test_quotes_does_nothing_when_asked_for_help(run, monkeypatch):
+    monkeypatch.setattr(quotes, "run", pytest.fail)
+    with pytest.raises(SystemExit) as end:
+        run(quotes, "--help")
+    assert end.value.code == 0
 
 
 @pytest.mark.parametrize("page", quotes.PAGES, ids=lambda page: page.parent.name)
@@ -224,6 +242,7 @@ def test_quotes_are_made_anew(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quotes, "renew", lambda text: text.replace("#L1", "#L2"))
     monkeypatch.setattr(quotes, "ROOT", root)
     monkeypatch.setattr(quotes.three, "OUT", tmp_path / "three.html")
+    monkeypatch.setattr(sys, "argv", ["quotes.py"])
     quotes.main()
     assert (tmp_path / "three.html").read_text(encoding="utf-8") == quotes.three.page()
     after = before.replace("old\n\nold\n", "new\n").replace("#L1", "#L2")
@@ -915,9 +934,31 @@ def test_balance_refuses_what_is_no_run(run, runs):
     (runs[0] / "log.csv").write_text(f"{LOG}100,1,2\n")
     with pytest.raises(ValueError, match=r"log\.csv: not a training log"):
         run(balance, *runs)
-    (runs[1] / "report.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"report\.json: not a training's report"):
-        run(balance, runs[1])
+    report = json.loads((runs[1] / "report.json").read_text())
+    shares = ([], [[]], [[1, "a"]], 5, None)
+    wrong = [{}, *(report | {"expert_shares": x} for x in shares), report | {"tokens_seen": "x"}]
+    for told in (*wrong, [], 3):
+        (runs[1] / "report.json").write_text(json.dumps(told))
+        with pytest.raises(ValueError, match=r"report\.json: not a training's report"):
+            run(balance, runs[1])
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--train", ""], "--train: must be a path, got ''"), ([""], "runs: must be a path, got ''"),
+    (["--plot", ""], "--plot: must be a path, got ''"),
+    (["--plot", "no/such.svg"], "--plot: must be a file to write, in a folder that is there"),
+])  # fmt: skip
+def test_balance_refuses_arguments(arguments, said, run, capsys):
+    with pytest.raises(SystemExit):
+        run(balance, *arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_balance_refuses_a_picture_before_the_work(run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(balance.subprocess, "run", pytest.fail)
+    with pytest.raises(ValueError, match=r"--plot: must end in one of .*, got 'x\.nosuch'"):
+        run(balance, "--train", tmp_path, "--plot", tmp_path / "x.nosuch")
 
 
 def test_balance_prints_without_matplotlib(monkeypatch, run, runs, tmp_path, capsys):
@@ -984,6 +1025,26 @@ def test_training_never_writes_over_a_model():
     done = train_command("--out", ROOT / "tiny")
     assert done.returncode == 2 and "holds a finished model" in done.stderr
     assert (ROOT / "tiny" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ([], "the following arguments are required: --out"),
+    (["--out", ""], "argument --out: must be a folder, got ''"),
+    (["--out", "/dev/null/x"], "--out /dev/null/x: not a directory"),
+    (["--out", "x", "--start", "/no/such"], "--start /no/such: has no model.safetensors"),
+    *[(["--out", "x", f"--{name}", x], f"--{name}: must be a number from 0 to 1e12, got {x!a}")
+      for name in ("tokens", "prompt-tokens", "aux-coef") for x in ("nan", "x", "-1", "1e13")],
+    (["--out", "x", "--seed", "y"], "argument --seed: invalid int value: 'y'"),
+])  # fmt: skip
+def test_training_refuses_arguments(arguments, said, train, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setattr(train, "standard_library", pytest.fail)
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and said in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture

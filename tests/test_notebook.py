@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, thorough
+from conftest import ROOT, same_output, thorough
 
 sys.path.insert(0, str(ROOT / "lessons"))
 
@@ -24,7 +24,6 @@ SOURCES = ["".join(cell["source"]) for cell in CELLS]
 CODE = [source for source, cell in zip(SOURCES, CELLS, strict=True) if cell["cell_type"] == "code"]
 DEFINED = re.compile(r"def (\w+)\(")
 TRIED = re.compile(r"check\((\w+)\);")
-NUMBER = re.compile(r"\d[\d,]*\.?\d*")
 ANEW = "course.ipynb is old; run: python lessons/quotes.py"
 SLOW = re.compile(r"x\.py --measure")  # of the pages below
 
@@ -210,19 +209,6 @@ def test_the_first_cell_finds_the_top_folder(place, tmp_path):
 # ---------------------------------------------------------------- executed
 
 
-def alike(old: str, new: str) -> bool:
-    """Line for line, up to rounding, which another processor may do otherwise."""
-    one, two = (
-        [NUMBER.sub("#", x).split() for x in text.rstrip().splitlines()] for text in (old, new)
-    )
-    numbers = [NUMBER.findall(text.replace(",", "")) for text in (old, new)]
-    same = all(
-        float(x) == pytest.approx(float(y), rel=0.02, abs=0.02)
-        for x, y in zip(*numbers, strict=False)
-    )
-    return one == two and same
-
-
 def right(source: str, bodies: dict[str, str]) -> str:
     """A puzzle's cell with the right body."""
     body = bodies[DEFINED.match(source)[1]]
@@ -265,7 +251,7 @@ def test_it_runs_from_top_to_bottom(tmp_path):
         if name := TRIED.match(cell.source):
             same = out.startswith(before or f"{name[1]}: not written yet")
         else:
-            same = alike(before, out)
+            same = same_output(before, out)
         errors = [x for x in cell.outputs if x.output_type == "error"]
         wrong += [] if same and not errors else [(cell.source, out, errors)]
         ran += 1

@@ -1057,9 +1057,16 @@ def test_a_copy_tries_itself(tmp_path):
 
 def test_the_course_quotes_what_is_printed(run):
     course = (ROOT / "lessons" / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^\$ python lessons/puzzles\.py my_puzzles\.py(.*)\n([^$`]+)", course, re.M)
-    shown = [(arguments.split(), text.splitlines()) for arguments, text in found]
-    assert shown == [([], run(SOURCES["puzzles"])[0]), (["route"], run({"route": ALL}, "route")[0])]
+    command = r"^\$ python lessons/\w+\.py my_(\w+)\.py(.*)\n([^$`]+)"
+    found = re.findall(command, course, re.MULTILINE)
+    shown = [(file, arguments.split(), text.splitlines()) for file, arguments, text in found]
+    fast = run(SOURCES["faster"], file="faster")[0]
+    fast = [line.replace("my_puzzles", "my_faster") for line in fast]
+    assert shown == [
+        ("puzzles", [], run(SOURCES["puzzles"])[0]),
+        ("puzzles", ["route"], run({"route": ALL}, "route")[0]),
+        ("faster", [], fast),
+    ]
 
 
 # ------------------------------------------------------------------------------------ in a notebook

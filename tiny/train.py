@@ -17,6 +17,7 @@ the time here, and whole from there on.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -403,13 +404,36 @@ def save_report(
     (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line, and not the whole usage."""
+        self.exit(2, f"train.py: error: {message}\n")
+
+
+def folder(text: str) -> Path:
+    """A type for argparse. An empty one would be the folder that one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a folder, got ''")
+    return Path(text)
+
+
+def number(text: str) -> float:
+    """A type for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1e12:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number from 0 to 1e12, got {text!a:.60}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--start", type=Path, help="a folder of this script's whose model goes on")
-    parser.add_argument("--tokens", type=float, default=18e6, help="how many tokens to have seen")
-    parser.add_argument("--prompt-tokens", type=float, default=2.5e6, help="of the last stage")
-    parser.add_argument("--aux-coef", type=float, default=0.02, help="of the balance loss")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=folder, required=True, help="the folder to write")
+    parser.add_argument(
+        "--start", type=folder, help="a folder of this script's whose model goes on"
+    )
+    parser.add_argument("--tokens", type=number, default=18e6, help="how many tokens to have seen")
+    parser.add_argument("--prompt-tokens", type=number, default=2.5e6, help="of the last stage")
+    parser.add_argument("--aux-coef", type=number, default=0.02, help="of the balance loss")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the weights and of the windows that it reads"
     )
@@ -418,8 +442,14 @@ def main() -> None:
     done = not (args.out / "state.part").exists()  # which goes last
     if done and (args.out / "model.safetensors").exists():
         parser.error(f"--out {args.out}: holds a finished model; name another folder")
+    for name in ("model.safetensors", "report.json", "log.csv") if args.start else ():
+        if not (args.start / name).is_file():
+            parser.error(f"--start {args.start}: has no {name}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror.lower()}")
     torch.set_flush_denormal(True)
-    args.out.mkdir(parents=True, exist_ok=True)
     one = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 256}
     config = dataclasses.replace(CONFIG, **(one if args.dense else {}))
     texts, held_texts = standard_library()
