@@ -130,7 +130,7 @@ PUZZLES = {
         "B=1 H=2 G=2 T=1 L=3 C=4 scale=0.7 theta=100.0",
         "B=2 H=4 G=2 T=3 L=2 C=6 scale=0.3 theta=50.0",
         "B=1 H=2 G=1 T=4 L=0 C=4 scale=0.7 theta=100.0",
-        "B=1 H=4 G=2 T=3 L=2 C=6 scale=0.7 theta=100.0 shift=110.0",
+        "B=1 H=4 G=2 T=5 L=1 C=6 scale=8.0 theta=100.0 shift=150.0",
         "bfloat16 B=1 H=2 G=1 T=2 L=3000 C=4 scale=2.0 theta=10000.0",
     )),
     "top_p": Puzzle(keep, "probs", "generate.py, the next id: filtered_probs", (

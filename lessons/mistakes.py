@@ -281,7 +281,7 @@ def wrong_mask(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
     T, S, it = q.shape[2], k.shape[2], scored(q, k, v, scale)
     fewer, from_end = causal(q, k, S - T - 1), causal(q, k, T - S)
     yield "There is no mask: queries see keys ahead. Hide those.", attend(q, k, v, scale, S)
-    by_T = "It is causal by T, but keys are more than queries. The last query must see all S keys."
+    by_T = "It is causal by T, but keys are more than queries. The last query must see all keys."
     yield by_T, attend(q, k, v, scale, 0)
     yield "Each query sees one key too many.", attend(q, k, v, scale, S - T + 1)
     for y in (it.masked(fewer), attend(q, k, v, scale, S - T - 1), it.masked(fewer, -1e9)):
@@ -292,7 +292,7 @@ def wrong_mask(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Mistakes:
     newest = attend(q, k[:, :, -T:], v[:, :, -T:], scale)
     yield "The queries see the last T keys alone. The older ones count too.", newest
     for sees in (from_end, from_end | (torch.arange(S) == 0)):
-        offset = "The mask's offset has the wrong sign. The last query must see all S keys."
+        offset = "The mask's offset has the wrong sign. The last query must see all keys."
         yield offset, it.masked(sees)
 
 
@@ -400,7 +400,7 @@ def of_step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *n: f
     yield from wrong_numbers(it)
     yield from wrong_kept(it)
     yield from wrong_seen(it)
-    yield from wrong_scale_or_theta(it)
+    yield from wrong_theta(it)
 
 
 def wrong_numbers(it: Step) -> Mistakes:
@@ -453,35 +453,22 @@ def wrong_kept(it: Step) -> Mistakes:
     yield "New values stand before the old ones. Put them after.", kept(keys, front_v)
     new_v = torch.cat((it.values, keys[:, :, L:]), dim=2)
     yield "The new keys stand for the new values.", kept(keys, new_v)
-    yield "Keys and values are swapped in attention.", (it.seeing(values, keys), keys, values)
     yield "Keys and values are swapped in what is returned.", (y, values, keys)
 
 
 def wrong_seen(it: Step) -> Mistakes:
-    """Attention over other keys than it should, or with other heads."""
+    """What goes wrong in attention goes wrong here too."""
     (_, keys, values), L, T = it.but(), it.keys.shape[2], it.q.shape[2]
-
-    def seeing(k: Tensor = keys, v: Tensor = values, last: int | None = None) -> tuple:
-        return it.seeing(k, v, last), keys, values
-
-    yield "The queries see only the new tokens.", seeing(keys[:, :, L:], values[:, :, L:])
     for last in (L + T, L - T):
-        yield "The queries see only old tokens.", seeing(it.keys, it.values, last)
-    yield "There is no mask: new tokens see those after them. Hide those.", seeing(last=L + T)
-    yield "It is causal by T: the mask must begin at the old tokens' end.", seeing(last=0)
-    yield "Each query sees one key too many.", seeing(last=L + 1)
-    yield "Each query sees one key too few: not its own.", seeing(last=L - 1)
-    groups, must = it.q.shape[1] // keys.shape[1], "It must be head h // (H/G)."
-    tiled = (x.repeat(1, groups, 1, 1) for x in (keys, values))
-    yield f"Query head h uses head h % G. {must}", seeing(*tiled)
-    yield f"All query heads use key head 0. {must}", seeing(keys[:, :1], values[:, :1])
+        old = it.seeing(it.keys, it.values, last)
+        yield "The queries see only old tokens.", (old, keys, values)
+    q = turn(it.q, it.at(), it.theta)
+    for said, y in of_attention(q, keys, values, it.scale):
+        yield said, (y, keys, values)
 
 
-def wrong_scale_or_theta(it: Step) -> Mistakes:
-    at, scale, theta, root = it.at(), it.scale, it.theta, it.q.shape[3] ** -0.5
-    yield "Scores are divided by the root of C. Multiply by scale.", it.but(scale=root)
-    yield "scale is not used. Multiply the scores by it.", it.but(scale=1.0)
-    yield "scale is applied twice. Apply it once.", it.but(scale=scale**2)
+def wrong_theta(it: Step) -> Mistakes:
+    at, scale, theta = it.at(), it.scale, it.theta
     yield "scale and theta are exchanged.", it.but(scale=theta, theta=scale)
     yield "The exponent of theta has the wrong sign. It must be -2i/C.", it.but(theta=1 / theta)
     yield "The exponent is -i/C. It must be -2i/C.", it.but(theta=theta**0.5)

@@ -190,7 +190,7 @@ PLANTED = [  # a puzzle, what of its body is replaced (all, if None) and by what
     ("cached_step", "keys.shape[2] + ", "", "numbered from 0 again"),
     ("cached_step", "return attention(rotary(q, at, theta), keys, values, scale), keys, values",
      "return attention(rotary(q, at, theta), rotary(k, at, theta), v, scale), keys, values",
-     "see only the new tokens"),
+     "see the last T keys alone"),
     ("cached_step", "scale), keys, values",
      "scale), keys[:, :, :-len(at)], values[:, :, :-len(at)]",
      "The new tokens are not in"),
@@ -676,7 +676,7 @@ def test_the_cases_have_the_models_conditions():
     assert all(x.exp().amax() > large for x in logits)
     assert all((x - x.amax(-1, keepdim=True)).amin() > -60 for x in logits)  # no 0 in a softmax
     q, k, _, keys, *_, scale, _ = cases["cached_step"][
-        "B=1 H=4 G=2 T=3 L=2 C=6 scale=0.7 theta=100.0 shift=110.0"
+        "B=1 H=4 G=2 T=5 L=1 C=6 scale=8.0 theta=100.0 shift=150.0"
     ]
     assert (q[:, :1] @ keys[:, :1].mT * scale).exp().amax() > large
     _, positions, _ = next(x for c, x in cases["rotary"].items() if "bfloat16" in c)
