@@ -1,7 +1,8 @@
 """How the pieces of puzzles.py and faster.py are tried.
 
-    from checker import check
+    from checker import check, check_all
     check(rms_norm)        # in a notebook: the function as it stands there
+    check_all(rms_norm, rotary)                        # then the model with those that are solved
 
 Against granitemoe.py's own: values, gradients, values in bfloat16 and with large scores, counted
 operations. What is solved is put into tiny/, which then writes with it. A learner's code is traced
@@ -9,12 +10,14 @@ while it runs: calls of the answer book, and loops that never end, are told.
 """
 
 import ast
+import difflib
 import functools
 import inspect
 import io
 import itertools
 import os
 import re
+import shlex
 import sys
 import textwrap
 import traceback
@@ -47,6 +50,7 @@ BOOK |= {str(path) for path in (HERE.parent / "fast").glob("*.py")}
 FILES = {"puzzles": puzzles, "faster": faster}
 STUBS = {n: getattr(puzzles, n, None) or getattr(faster, n) for n in PUZZLES}
 MOST_STEPS = 4_000_000  # of the bytecode of a learner's file; a loop that never ends has more
+MOST_PRINTS = 40  # lines of a learner's own that are shown, of one call
 
 
 class Wrong(ValueError):
@@ -153,6 +157,10 @@ def advice(said: str) -> str:
         return ". A @ B takes (n, k) and (k, m): is one of them to be transposed?"
     if "Expected dtype ['fp32'" in said:
         return ". Keep sums in tl.float32."
+    if "must match the size of tensor" in said or "must be broadcastable" in said:
+        return ". Is a dimension of 1 missing (keepdim=True, or [:, None])?"
+    if "could not infer output dtype" in said or "dtype should be floating point" in said:
+        return ". A mean is of floats: .float() first."
     if "selected index k out of range" in said:
         return ". Is topk along the wrong dimension?"
     if re.search("same (dtype|type|scalar type)", said):
@@ -220,6 +228,21 @@ def others_guarded(piece: Piece) -> Iterator[None]:
 def quiet() -> AbstractContextManager:
     """A learner's own prints are shown once, while the values are compared."""
     return redirect_stdout(io.StringIO())
+
+
+@contextmanager
+def few_prints() -> Iterator[None]:
+    """Within `with`, what is printed is kept. Then its first lines are shown, and no more."""
+    kept = io.StringIO()
+    try:
+        with redirect_stdout(kept):
+            yield
+    finally:
+        lines = kept.getvalue().splitlines()
+        for line in lines[:MOST_PRINTS]:
+            print(line)
+        if lines[MOST_PRINTS:]:
+            print(f"... and {len(lines) - MOST_PRINTS:,} lines more")
 
 
 # --------------------------------------------------------------------------------- comparing values
@@ -381,7 +404,7 @@ def try_values(stub: Piece, piece: Piece, path: str) -> dict[str, int]:
     name, counts = stub.__name__, {}
     names = [*inspect.signature(stub).parameters]
     for case, inputs in cases(stub):
-        with one_line(path, f"for {case}, "), traced(path) as used, Count() as calls:
+        with one_line(path, f"for {case}, "), few_prints(), traced(path) as used, Count() as calls:
             got, given = run(piece, inputs)
         if used:
             raise Wrong(f"{used[0]} is called, which is the answer book. It does not count.")
@@ -703,17 +726,34 @@ def check(piece: Piece) -> bool:
     """Try a function as it stands in a notebook, and print what is said of it."""
     name = getattr(written(piece), "__name__", str(piece))
     if not callable(piece) or name not in PUZZLES:
-        print(f"{name:.60}: give a function of one of these names: {', '.join(PUZZLES)}")
+        near = difflib.get_close_matches(name, PUZZLES, n=1, cutoff=0.75)
+        names = near or PUZZLES
+        print(f"{name:.60}: give a function, without quotes, of this name: {' or '.join(names)}")
         return False
-    said = attempt(piece, name, defined_in(piece))
+    try:
+        said = attempt(piece, name, defined_in(piece))
+    except KeyboardInterrupt as stop:
+        said = f"{stop}" or "stopped"
     print(f"{name}: {said}")
     return said.startswith("solved")
+
+
+def check_all(*pieces: Piece) -> bool:
+    """Try functions as check does. Then put those that are solved into tiny/, which writes."""
+    solved = {written(piece).__name__: piece for piece in pieces if check(piece)}
+    try:
+        with usual_settings():
+            right = not solved or show(solved, defined_in(next(iter(solved.values()))))
+    except Wrong as wrong:
+        print(wrong)
+        return False
+    return right and len(solved) == len(pieces)
 
 
 def load(path: str) -> dict[str, object]:
     """What a learner's file defines."""
     found = {"__name__": "pieces", "__file__": path}
-    with usual_settings(), one_line(path), traced(path):
+    with usual_settings(), one_line(path), few_prints(), traced(path):
         exec(compile(Path(path).read_bytes(), path, "exec"), found)
     return found
 
@@ -724,16 +764,24 @@ def parse(file: str) -> tuple[str | None, list[str]]:
     parser = Parser(description="Try your pieces of GraniteMoe.")
     parser.add_argument("file", nargs="?", metavar="FILE", help=f"your copy of {file}.py")
     told = f"one of {', '.join(names)}"
-    parser.add_argument("name", nargs="?", choices=names, metavar="NAME", help=told)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{told}; all, if none is named")
     args = parser.parse_args()
-    if args.file in names and not args.name:
-        args.file, args.name = None, args.file
+    path, asked = args.file, args.names
     own = Path(sys.argv[0]).resolve() == HERE / f"{file}.py"
-    path = args.file if args.file is not None or own else sys.argv[0]  # a copy that is run itself
-    if path is None and args.name:
-        raise ValueError(f"{args.name}: of which file? Name it first: my_{file}.py {args.name}")
+    if path in names and own:
+        raise ValueError(f"{path}: of which file? Name it first: my_{file}.py {path}")
+    if path in names or path is None and not own:  # a copy that is run itself
+        path, asked = sys.argv[0], [path, *asked] if path else asked
     if path is None:
         return None, []
+    check_file(path, file)
+    if unknown := [name for name in asked if name not in names]:
+        parser.error(f"NAME: must be {told}, got {unknown[0]!a:.60}")
+    return path, asked or names
+
+
+def check_file(path: str, file: str) -> None:
+    """Raises ValueError unless it may hold a learner's pieces."""
     shown, begin = ascii(path)[1:-1][:80], f"Begin with: cp lessons/{file}.py my_{file}.py"
     if os.path.isdir(path):
         raise ValueError(f"{shown}: is a folder. Name a file, such as my_{file}.py")
@@ -741,7 +789,10 @@ def parse(file: str) -> tuple[str | None, list[str]]:
         raise ValueError(f"{shown}: no such file. {begin}")
     if str(Path(path).resolve()) in BOOK:
         raise ValueError(f"{shown}: is the answer book. {begin}")
-    return path, [args.name] if args.name else names
+    if Path(path).resolve() == HERE / f"{file}.py":
+        raise ValueError(f"{shown}: is the original, which stays empty. {begin}")
+    if path.endswith(".ipynb"):
+        raise ValueError(f"{shown}: is a notebook. There, check(rms_norm) tries a function")
 
 
 def try_file(file: str) -> None:
@@ -762,7 +813,8 @@ def try_file(file: str) -> None:
             solved[name] = found[name]
     for name, said in waiting[:1]:
         print(f"{name}: {said} Fill in its body in {path}, then run")
-        print(f"    python lessons/{file}.py {path} {name}")
+        again = [sys.argv[0], path, name] if path != sys.argv[0] else [path, name]
+        print(f"    python {shlex.join(again)}")
     if waiting[1:]:
         print(f"After it: {', '.join(name for name, _ in waiting[1:])}.")
     right = len(solved) == len(asked)

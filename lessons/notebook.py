@@ -20,9 +20,11 @@ ABOUT = (
     "them yourself. Begin with the next cell: the others need it."
 )
 FILL_IN = (
-    "In this notebook no copy is needed. Fill in the bodies in the cells below. Run each, and then "
-    "the cell after it, which tries your function as it stands here."
+    "That is for the command line. In this notebook no copy is needed. Run the next cell first. "
+    "Fill in the bodies in the cells below. Run each, and then the cell after it, which tries your "
+    "function as it stands here. (A cell with a syntax error leaves it as it was before.)"
 )
+ALL = "All of them; then `tiny/` writes with those that are solved:"
 START = """\
 # Goes to the repository's top folder. Where that is missing (on Colab, say), it is fetched first.
 import os
@@ -102,11 +104,14 @@ def puzzles(name: str) -> Iterator[dict]:
     head = [row for row in rows[body[0].end_lineno : stubs[0].lineno - 1] if row[:3] != "# -"]
     head = re.sub(r"  # noqa.*", "", "\n".join(head)).strip()
     yield from text(FILL_IN)
-    yield code(f"{head}\n\nfrom checker import check")
+    yield code(f"{head}\n\nfrom checker import check, check_all")
     for stub in stubs:
         lines = "\n".join(rows[stub.lineno - 1 : stub.end_lineno])
         yield code(f"{lines}\n    # fill in the body here")
         yield code(f"check({stub.name});")  # or a notebook shows what is returned, too
+    if name == "puzzles":
+        yield from text(ALL)
+        yield code(f"check_all({', '.join(stub.name for stub in stubs)});")
 
 
 def jump(page: str) -> str:

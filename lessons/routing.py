@@ -148,7 +148,8 @@ def show_load(routing: Routing, same: list[float] | None = None) -> list[str]:
     E = routing.counts.shape[1]
     wide = E <= 16  # percentages fit beside the bars
     head = "".join(f"{e:>6d}" for e in range(E)) if wide else f"{f'experts 0 to {E - 1}':<{E}}"
-    lines = [f"load, layer {head}   max/mean  entropy of {math.log2(E):.2f} bits"]
+    head = f"layer, expert{head[1:]}" if wide else f"{'layer':<12}{head}"
+    lines = [f"{head}   max/mean  entropy of {math.log2(E):.2f} bits"]
     lines[0] += "  same" if same else ""
     for i, row in enumerate((routing.counts / routing.counts.sum(dim=1, keepdim=True)).tolist()):
         bars = [BARS[min(8, math.ceil(share * E * 4))] for share in row]
@@ -225,8 +226,8 @@ def main() -> None:
         args.html.write_text(made, encoding="utf-8")
         return print(f"{args.html}: {length}, {c.num_hidden_layers} layers")
     if args.file:
-        print(f"{name}: {length}. same: of the tokens that come more")
-        print("than once, how many have the first expert that the same token has most often\n")
+        print(f"{name}: {length}. same: how often a token that comes")
+        print("more than once has its most frequent first expert\n")
         return print(*show_load(routing, usual(routing.expert_ids, ids)), sep="\n")
     E, K, codes = c.num_local_experts, c.num_experts_per_tok, None
     if sys.stdout.isatty():

@@ -86,11 +86,11 @@ ROWS = [
         "since an addition waits for the one before it. A Triton program holds all weights of a "
         "few outputs at once. Tensor cores would help only if there were many rows.",
         (
-            [Piece("Attention.__init__")],
-            [Piece("dot"), Piece("linear")],
+            [Piece("Attention.__init__"), Piece("Attention.forward", "q = self.q_proj", "q = rot")],
+            [Piece("dot"), Piece("product"), Piece("linear")],
             [Piece("load_row"), Piece("load_rows"), Piece("product")],
         ),
-        [("self.q_proj = nn.Linear", "multiply_add(", "tl.sum(weight")],
+        [("q = self.q_proj(x)", "multiply_add(", "tl.sum(weight")],
     ),
     Row(
         "positions",
@@ -100,7 +100,7 @@ ROWS = [
         "a whole head. Triton does it right after the product, when a pair is still in registers.",
         ([Piece("rope_tables"), Piece("rotate")], [Piece("rotate")], [Piece("rotate")]),
         [
-            ("first, second = x.chunk", "const float first", "def rotate("),
+            ("first, second = x.chunk", "const float first", ""),
             ("return x * cos", "rounded(first * to_float(cos[i]))", "turned = rounded("),
         ],
     ),
@@ -191,14 +191,15 @@ ROWS = [
         "Python and C line the choices up by expert, so that tokens with the same expert share the "
         "reading of its weights. Triton, with few rows, does not: each program is told a "
         "row and a k, and looks up which expert that is. `gate_up` is both products and the "
-        "silu; `down` multiplies, weighs, sums over the K experts and adds to x.",
+        "silu; `down` multiplies, weighs, sums over the K experts and adds to x. Python weighs a "
+        "row where it makes it, the other two where they add it up.",
         (
             [Piece("swiglu"), Piece("sort_by_expert", "sorted_M, order_M"), Piece("experts_loop")],
             [Piece("sort_by_expert"), Piece("experts")],
             [Piece("gate_up"), Piece("down")],
         ),
         [
-            ("ends_E = sort_by_expert(", "sort_by_expert(m);", "e = tl.load(chosen_ptr"),
+            ("ends_E = sort_by_expert(", "sort_by_expert(m);", ""),
             ("hidden = swiglu(", "product(gate_up_EPD", "hidden = swiglu("),
             ("rows = F.linear(hidden", "product(down_EDF", "out = tl.sum(weight"),
             ("y_ND.index_add_(", "y[d] += weight", "out = tl.sum(rounded("),
@@ -219,7 +220,7 @@ ROWS = [
         ),
         [
             ("return self.norm(x)", "norm(m, m->norm)", "h = rms_norm("),
-            ("logits = self.lm_head(x)", "linear(m, m->head", "product(weight, h)"),
+            ("logits = F.linear(x", "linear(m, m->head", "product(weight, h)"),
         ],
     ),
 ]
@@ -227,11 +228,14 @@ ROWS = [
 INTRO = [
     "This repository has the same model three times. Each part below begins with the definition, "
     "which you know; then comes what it became for speed. All of it is cut from the files that "
-    f"run. Lines with the same number do the same. {LEFT_OUT} stands where a file has more.",
+    "run. The same number marks the same step: it begins in that line, and may go on in the next. "
+    f"{LEFT_OUT} stands where a file has more.",
     "The two fast texts are for **one new token**, of one text or of a few. Letters such as D and "
-    "K are those of the header of `granitemoe.py`; `rounded` rounds to bfloat16 as PyTorch does.",
+    "K are those of the header of `granitemoe.py`; with a P, as in DP, the size is padded to a "
+    "power of two. `rounded` rounds to bfloat16 as PyTorch does.",
     "**C:** every thread runs all of it. `SHARE` gives each its part of a loop; then they wait for "
-    "each other. A comment in quotation marks is the line of Python that the code after it is.",
+    "each other. A comment in quotation marks is the line of Python that what follows replaces. "
+    "`m->every` lists all rows, where a list of some could stand. A `Register` holds STEP numbers.",
     "**Triton:** a kernel runs as many small programs at once, and `program_id` tells each which "
     "part it owns. Where it can, it asks for its weights first and only then calls `wait`, which "
     "ends when the kernel before has ended.",

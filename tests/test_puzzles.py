@@ -136,6 +136,7 @@ PLANTED = [  # a puzzle, what of its body is replaced (all, if None) and by what
     ("rms_norm", ".mean(-1", ".sum(-1", "root of the sum"),
     ("rms_norm", ".sqrt()", "", "The root is missing"),
     ("rms_norm", ".mean(-1, keepdim=True)", ".mean()", "The mean is over all tokens"),
+    ("rms_norm", ".mean(-1, keepdim=True)", ".mean(-1)", "(keepdim=True, or [:, None])?"),
     ("rms_norm", ".mean(-1,", ".mean(1,", "y[0, 0, 0] is 1, must be 0.2."),
     ("rms_norm", "* weight", "* weight.detach()", "right, but the gradient of weight is missing."),
     ("rotary", None, NEIGHBOURS, "The pairs are neighbours"),
@@ -183,6 +184,7 @@ PLANTED = [  # a puzzle, what of its body is replaced (all, if None) and by what
     ("load_balancing", "topk(K)", "topk(1)", "Only the first choice"),
     ("load_balancing", ".float().mean(0)", ".float().mean(0) / K", "divided by K"),
     ("load_balancing", ".float().mean(0)", ".float().sum(0)", "One of the two means is a sum"),
+    ("load_balancing", ".float().mean(0)", ".mean(0)", "A mean is of floats: .float() first."),
     ("load_balancing", ".mean(0)).sum()", ".mean(0))", "A dimension is not summed"),
     ("load_balancing", "F.one_hot(logits_NE.topk(K).indices, E).sum(1)",
      "(logits_NE >= logits_NE.topk(K).values[:, -1:])", "Of equal scores it counts more than K."),
@@ -549,7 +551,7 @@ def run(monkeypatch, capsys):
     def act(bodies: dict[str, str] | str, *names: str, file: str = "puzzles") -> tuple[list, int]:
         text = bodies if isinstance(bodies, str) else fill(bodies, file)
         Path("my_puzzles.py").write_text(text, encoding="utf-8")
-        monkeypatch.setattr(sys, "argv", [f"{file}.py", "my_puzzles.py", *names])
+        monkeypatch.setattr(sys, "argv", [f"lessons/{file}.py", "my_puzzles.py", *names])
         with pytest.raises(SystemExit) as end:
             checker.main(file)
         code = end.value.code
@@ -914,6 +916,18 @@ def test_prints_are_shown_once(run):
     assert lines.count("shape") == len(list(answers.cases(faster.sort_by_expert)))
 
 
+def test_few_prints_are_shown(run):
+    """A loop that prints and never ends, say."""
+    many = "\n        for i in range(200): print(i)" + RIGHT["rms_norm"]
+    lines, status = run({"rms_norm": many}, "rms_norm")
+    cases = len(list(answers.cases(puzzles.rms_norm)))
+    assert status == 0 and lines.count("... and 160 lines more") == cases
+    assert len(lines) == 41 * cases + 1
+    text = fill(RIGHT).replace("# ---", "for i in range(50): print('top', i)\n# ---", 1)
+    lines, _ = run(text, "rms_norm")
+    assert lines[39:41] == ["top 39", "... and 10 lines more"]
+
+
 @pytest.mark.parametrize("switch", (
     "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)",
     "torch.set_default_dtype(torch.bfloat16)",
@@ -1014,6 +1028,21 @@ def test_names_and_files(run, monkeypatch, capsys):
         out = capsys.readouterr().out
         assert f"cp lessons/{file}.py my_{file}" in out and own in out and "Each piece" not in out
     assert run(SOURCES["puzzles"], "rout")[1] == run(SOURCES["puzzles"], "gate_up")[1] == 2
+    lines, status = run(RIGHT, "expert", "top_p")  # more than one go into the model
+    assert status == 0 and lines[-2] == "The model in tiny/ wrote this with your expert, top_p."
+
+
+def test_the_command_that_is_told_can_be_copied(monkeypatch, capsys):
+    Path("my puzzles.py").write_text(SOURCES["puzzles"], encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["../lessons/puzzles.py", "my puzzles.py", "rotary"])
+    with pytest.raises(SystemExit):
+        checker.main("puzzles")
+    told = capsys.readouterr().out.splitlines()[1]
+    assert told == "    python ../lessons/puzzles.py 'my puzzles.py' rotary"
+    monkeypatch.setattr(sys, "argv", ["my puzzles.py", "rotary"])  # which tries itself
+    with pytest.raises(SystemExit):
+        checker.main("puzzles")
+    assert capsys.readouterr().out.splitlines()[1] == "    python 'my puzzles.py' rotary"
 
 
 def test_a_file_without_the_pieces(run):
@@ -1029,8 +1058,10 @@ def test_a_file_without_the_pieces(run):
     ("route", "route: of which file? Name it first: my_puzzles.py route"), ("", "no such file"),
     ("a\nb.py", r"a\nb.py: no such file"), ("x" * 5000, "xxx: no such file"),
     ("/dev/null", "/dev/null: no such file. Begin with: cp lessons/puzzles.py my_puzzles.py"),
+    (str(ROOT / "lessons" / "puzzles.py"), "puzzles.py: is the original, which stays empty. Beg"),
+    (str(ROOT / "lessons" / "course.ipynb"), "course.ipynb: is a notebook. There, check(rms_norm)"),
 ])  # fmt: skip
-def test_files_that_are_none(file, said, monkeypatch):
+def test_files_that_are_not_a_learners(file, said, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "lessons" / "puzzles.py"), file])
     with pytest.raises(SystemExit) as end:
         checker.main("puzzles")
@@ -1099,11 +1130,33 @@ def test_in_a_notebook(capsys):
         "experts_loop: your `expert` returns nothing yet. Write it first.",
     ]
     cell("def helper(): pass", space, 9)
-    for other in (space["helper"], "rms_norm", 3, None):
+    cell("def rmsnorm(): pass", space, 10)
+    helper, near = "of this name: rms_norm or rotary or att", "of this name: rms_norm\n"
+    others = {space["helper"]: helper, "rms_norm": near, 3: helper, None: helper}
+    for other, said in (others | {space["rmsnorm"]: near}).items():
         assert checker.check(other) is False
-        said = capsys.readouterr().out
-        assert "give a function of one of these names: rms_norm, rotary, att" in said
-        assert said.count("\n") == 1
+        out = capsys.readouterr().out
+        assert f"give a function, without quotes, {said}" in out and out.count("\n") == 1
+    cell("def top_p(logits, p):\n    raise KeyboardInterrupt", space, 11)
+    assert checker.check(space["top_p"]) is False
+    assert capsys.readouterr().out == "top_p: stopped at the cell, line 2\n"
+
+
+def test_all_pieces_of_a_notebook(capsys):
+    """What is solved writes in tiny/, as from the command line."""
+    space = {"torch": torch, "F": F}
+    for name in ("rms_norm", "top_p", "route"):
+        body = RIGHT[name] if name != "route" else "\n    return x_ND, router_ED"
+        stub = re.search(rf"^def {name}\(.*?:\n", SOURCES["puzzles"], re.MULTILINE)[0]
+        cell(f"from torch import Tensor\n{stub}{textwrap.indent(textwrap.dedent(body), '    ')}",
+             space, name)  # fmt: skip
+    pieces = [space[name] for name in ("rms_norm", "top_p", "route")]
+    assert checker.check_all(*pieces) is False and checker.check_all(*pieces[:2]) is True
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if ": " in line and line.partition(":")[0] in NAMES]
+    assert ["solved." in line for line in said] == [True, True, False, True, True]
+    assert lines.count("The model in tiny/ wrote this with your rms_norm, top_p.") == 2
+    assert checker.check_all(pieces[2]) is False
 
 
 # ------------------------------------------------------------------------------------------ faster
