@@ -158,7 +158,7 @@ def advice(said: str) -> str:
     if "Expected dtype ['fp32'" in said:
         return ". Keep sums in tl.float32."
     if "must match the size of tensor" in said or "must be broadcastable" in said:
-        return ". Look at both: is one cut at the wrong place, or is keepdim=True or [:, None] missing?"
+        return ". Is one cut at the wrong place, or is keepdim=True or [:, None] missing?"
     if "could not infer output dtype" in said or "dtype should be floating point" in said:
         return ". A mean is of floats: .float() first."
     if "selected index k out of range" in said:

@@ -136,7 +136,7 @@ PLANTED = [  # a puzzle, what of its body is replaced (all, if None) and by what
     ("rms_norm", ".mean(-1", ".sum(-1", "root of the sum"),
     ("rms_norm", ".sqrt()", "", "The root is missing"),
     ("rms_norm", ".mean(-1, keepdim=True)", ".mean()", "The mean is over all tokens"),
-    ("rms_norm", ".mean(-1, keepdim=True)", ".mean(-1)", "or is keepdim=True or [:, None] missing?"),
+    ("rms_norm", ".mean(-1, keepdim=True)", ".mean(-1)", "is keepdim=True or [:, None] missing?"),
     ("rms_norm", ".mean(-1,", ".mean(1,", "y[0, 0, 0] is 1, must be 0.2."),
     ("rms_norm", "* weight", "* weight.detach()", "right, but the gradient of weight is missing."),
     ("rotary", None, NEIGHBOURS, "The pairs are neighbours"),
