@@ -190,9 +190,14 @@ def traced(path: str) -> Iterator[list[str]]:
     before = sys.gettrace()
     sys.settrace(at_call)
     try:
-        yield used
+        with patch.object(sys, "breakpointhook", no_debugger):
+            yield used
     finally:
         sys.settrace(before)
+
+
+def no_debugger(*_: object, **__: object) -> None:
+    raise Wrong("`breakpoint()` cannot stop here: what it prints is kept. Use print.")
 
 
 def guarded(name: str, piece: Piece) -> Piece:

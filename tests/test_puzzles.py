@@ -460,6 +460,7 @@ BAD = [  # bodies of rms_norm that give nothing to compare, and the one line abo
     ("return helper(x)", "FILE, line 2: KeyError: 'in helper'"),
     ("raise SystemExit(3)", "FILE, line LINE: SystemExit: 3"),
     ("raise NotImplementedError('x')", "FILE, line LINE: NotImplementedError: x"),
+    ("breakpoint()", "`breakpoint()` cannot stop here"),
     ("return x.double()", "the dtype of y is torch.float64, must be torch.float32."),
     ("return x.long()", "the dtype of y is torch.int64, must be torch.float32."),
     ("return x[0]", "the shape of y is (1, 2), must be (1, 1, 2)."),
