@@ -185,6 +185,11 @@ def test_quoted_outputs_are_real(line, shown, run, monkeypatch, tmp_path):
     assert same_output(shown, "\n".join(lines)), ANEW
 
 
+def begun(*_: object, **__: object) -> None:
+    """In place of work."""
+    pytest.fail("the work began before the arguments were looked at")
+
+
 def test_what_counts_as_the_same_output():
     shown = "unchanged  2.9989\n+0.031 12%"
     assert same_output(shown, "unchanged 2.9992\n+0.032 13%\n")
@@ -195,7 +200,7 @@ def test_what_counts_as_the_same_output():
 
 
 def test_quotes_does_nothing_when_asked_for_help(run, monkeypatch):
-    monkeypatch.setattr(quotes, "run", pytest.fail)
+    monkeypatch.setattr(quotes, "run", begun)
     with pytest.raises(SystemExit) as end:
         run(quotes, "--help")
     assert end.value.code == 0
@@ -956,7 +961,7 @@ def test_balance_refuses_arguments(arguments, said, run, capsys):
 
 def test_balance_refuses_a_picture_before_the_work(run, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(balance.subprocess, "run", pytest.fail)
+    monkeypatch.setattr(balance.subprocess, "run", begun)
     with pytest.raises(ValueError, match=r"--plot: must end in one of .*, got 'x\.nosuch'"):
         run(balance, "--train", tmp_path, "--plot", tmp_path / "x.nosuch")
 
@@ -1039,7 +1044,7 @@ def test_training_never_writes_over_a_model():
 def test_training_refuses_arguments(arguments, said, train, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    monkeypatch.setattr(train, "standard_library", pytest.fail)
+    monkeypatch.setattr(train, "standard_library", begun)
     with pytest.raises(SystemExit) as end:
         train.main()
     error = capsys.readouterr().err
