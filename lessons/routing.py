@@ -147,8 +147,9 @@ def show_load(routing: Routing, same: list[float] | None = None) -> list[str]:
     """A line for each layer: a bar an expert, 8 eighths being twice the mean, and the balance."""
     E = routing.counts.shape[1]
     wide = E <= 16  # percentages fit beside the bars
-    head = "".join(f"{e:>6d}" for e in range(E)) if wide else f"{f'experts 0 to {E - 1}':<{E}}"
-    head = f"layer, expert{head[1:]}" if wide else f"{'layer':<12}{head}"
+    head = f"{'layer':<12}{f'experts 0 to {E - 1}':<{E}}"
+    if wide:
+        head = f"layer, expert{0:>5d}" + "".join(f"{e:>6d}" for e in range(1, E))
     lines = [f"{head}   max/mean  entropy of {math.log2(E):.2f} bits"]
     lines[0] += "  same" if same else ""
     for i, row in enumerate((routing.counts / routing.counts.sum(dim=1, keepdim=True)).tolist()):

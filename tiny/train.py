@@ -309,7 +309,6 @@ def train(
             with (args.out / "log.csv").open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(rows)
             losses = []
-        if step % 100 == 0:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             parts |= {"generator": generator.get_state(), "step": step, "options": options(args)}
             torch.save(parts, f"{state}.new")
